@@ -90,9 +90,11 @@ def _draw_differences(
     axes: Axes, scale: Scale, levels: Sequence[Level], marks: Mapping[str, Any]
 ) -> None:
     """Draws differences as points with intervals, along the axis that has room for names."""
-    places = scale.places([level.level for level in levels])
-    means = np.array([level.difference.mean for level in levels])
-    reach = np.array([level.difference.high for level in levels]) - means
+    places = scale.places(level.level for level in levels)
+    differences = [level.difference for level in levels]
+    means = np.array([difference.mean for difference in differences])
+    ends = np.array([difference.high for difference in differences])
+    reach = ends - means
     if scale.is_named:
         axes.errorbar(means, places, xerr=reach, **INTERVAL, **marks)
     else:
@@ -155,21 +157,25 @@ def _label(axes: Axes, scale: Scale, axis: str, metric: str) -> None:
     """Labels both axes; levels with names stand below one another, where there is room for them."""
     name = _name(axis, 40)
     if scale.is_named:
+        num_levels = len(scale.levels)
+        has_room = num_levels > 3 or len(name) < 18
         scale.label(axes.yaxis)
-        axes.set_ylim(len(scale.levels) - 0.5, -0.5)
-        axes.set_ylabel(name if len(scale.levels) > 3 or len(name) < 18 else "")
+        axes.set_ylim(num_levels - 0.5, -0.5)
+        axes.set_ylabel(name if has_room else "")
         axes.set_xlabel(metric)
+        of_metric = axes.xaxis
     else:
         scale.label(axes.xaxis)
         axes.margins(x=0.08)
         axes.set_xlabel(f"{name} (logarithmic)" if scale.kind == "log" else name)
         axes.set_ylabel(metric)
-    of_metric = axes.xaxis if scale.is_named else axes.yaxis
+        of_metric = axes.yaxis
     of_metric.set_major_locator(MaxNLocator(5))
-    of_metric.set_major_formatter(FuncFormatter(lambda value, _: _tick_label(value)))
+    of_metric.set_major_formatter(FuncFormatter(_tick_label))
 
 
-def _tick_label(value: float) -> str:
+def _tick_label(value: float, _: int | None) -> str:
+    """Returns a number of a metric's axis; the second argument is its place among the ticks."""
     return f"{value:.4g}" if abs(value) < 10_000 else short_number(value)
 
 
@@ -194,33 +200,48 @@ def draw_parallel(
       label: of the metric.
     """
     values_S = settings[metric].to_numpy(np.float64)
-    scales = [scale_of(settings[axis]) for axis in axes_names]
-    scales.append(Scale(tuple(sorted(set(values_S))), "linear"))
-    heights = []
-    for scale, column in zip(scales, [*axes_names, metric], strict=True):
-        heights.append(_unit(scale, scale.places(settings[column])))
-    # A line for each setting, as points [axis, height].
-    numbers = np.arange(len(scales))
-    lines = [np.column_stack([numbers, row]) for row in np.column_stack(heights)]
+    metric_levels = sorted(set(values_S))
+    scale_of_column = {axis: scale_of(settings[axis]) for axis in axes_names}
+    scale_of_column[metric] = Scale(tuple(metric_levels), "linear")
+    scales = list(scale_of_column.values())
+    lines = _lines(settings, scale_of_column)
     norm = Normalize(float(values_S.min()), float(values_S.max()))
     with matplotlib.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
-        width = max(WIDTH, 0.9 + AXIS_WIDTH * (len(scales) - 1) + 0.9)
-        figure = Figure(figsize=(width, 3.4), dpi=144, facecolor="none", layout=layout)
+        figure = _wide_figure(len(scales))
         axes = figure.add_subplot()
+        num_thin = len(lines) - 1
+        # Drawn from the last to the first, so that setting 1 lies on top.
         collection = LineCollection(
             lines[::-1],
             cmap=COLOR_MAP,
             norm=norm,
             array=values_S[::-1],
             alpha=0.85,
-            linewidths=[*[1.1] * (len(lines) - 1), 3.2],
+            linewidths=[1.1] * num_thin + [3.2],
         )
         axes.add_collection(collection)
         _draw_scales(axes, scales, [*axes_names.values(), label])
         mesh = ScalarMappable(norm, COLOR_MAP)
         color_bar(figure, axes, mesh, label)
         return Drawing.from_figure(figure)
+
+
+def _wide_figure(num_scales: int) -> Figure:
+    """Returns an empty figure with room between the axes of `draw_parallel`."""
+    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
+    width = max(WIDTH, 0.9 + AXIS_WIDTH * (num_scales - 1) + 0.9)
+    return Figure(figsize=(width, 3.4), dpi=144, facecolor="none", layout=layout)
+
+
+def _lines(settings: pd.DataFrame, scales: Mapping[str, Scale]) -> list[np.ndarray]:
+    """Returns a line for each setting, as points `[axis, height]`."""
+    heights = []
+    for column, scale in scales.items():
+        places_S = scale.places(settings[column])
+        heights.append(_unit(scale, places_S))
+    numbers = np.arange(len(heights))
+    by_setting = np.column_stack(heights)
+    return [np.column_stack([numbers, row]) for row in by_setting]
 
 
 def _unit(scale: Scale, places: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:

@@ -157,10 +157,13 @@ def _matched_column(rows: Sequence[Row], compared: pd.DataFrame, name: str) -> C
     for row in rows:
         levels = levels_of(of_arm[arm] for arm in row["arms"])
         if len(levels) == 1:
-            cells.append(_level_cell(levels[0]))
+            cell = _level_cell(levels[0])
         else:
-            cells.append(Cell(", ".join(map(level_name, levels))))
-    return Head(name.removeprefix(MATCHED), "matched"), cells
+            names = map(level_name, levels)
+            cell = Cell(", ".join(names))
+        cells.append(cell)
+    leaf = name.removeprefix(MATCHED)
+    return Head(leaf, "matched"), cells
 
 
 def _level_cell(level: Any) -> Cell:
