@@ -369,11 +369,11 @@ def compare_settings(
 
     def measured(ids: Sequence[str]) -> Measured:
         """Returns the metric of a setting by seed; a setting is one cell."""
-        found = {}
+        found: dict[Place, float] = {}
         for arm in ids:
             if arm in value_of:
-                place = ("", seed_of[arm])
-                found[place] = float(value_of[arm])
+                seed = seed_of[arm]
+                found["", seed] = float(value_of[arm])
         return found
 
     of_reference = measured(reference)

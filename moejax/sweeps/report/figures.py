@@ -163,13 +163,12 @@ def _label(axes: Axes, scale: Scale, axis: str, metric: str) -> None:
         axes.set_ylim(num_levels - 0.5, -0.5)
         axes.set_ylabel(name if has_room else "")
         axes.set_xlabel(metric)
-        of_metric = axes.xaxis
     else:
         scale.label(axes.xaxis)
         axes.margins(x=0.08)
         axes.set_xlabel(f"{name} (logarithmic)" if scale.kind == "log" else name)
         axes.set_ylabel(metric)
-        of_metric = axes.yaxis
+    of_metric = axes.xaxis if scale.is_named else axes.yaxis
     of_metric.set_major_locator(MaxNLocator(5))
     of_metric.set_major_formatter(FuncFormatter(_tick_label))
 

@@ -74,8 +74,12 @@ class Scale:
         if self.kind == "log":
             return [(place, level_name(10**place)) for place in _round_powers(low, high)]
         locator = MaxNLocator(5)
-        places = locator.tick_values(low, high).tolist()
-        return [(place, level_name(place)) for place in places if low <= place <= high]
+        found = []
+        for value in locator.tick_values(low, high):
+            place = float(value)
+            if low <= place <= high:
+                found.append((place, level_name(place)))
+        return found
 
     def label(self, axis: Axis) -> None:
         """Puts the ticks on a figure's axis."""
@@ -89,9 +93,11 @@ class Scale:
 def _apart(ticks: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
     """Returns the first tick, and then each that is no closer than a gap to the last one kept."""
     kept: list[tuple[float, str]] = []
+    last = -math.inf
     for place, name in ticks:
-        if not kept or place - kept[-1][0] >= gap:
+        if place - last >= gap:
             kept.append((place, name))
+            last = place
     return kept
 
 
