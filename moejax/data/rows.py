@@ -255,8 +255,9 @@ def _streams(
         counts.num_documents += 1
         counts.num_bytes += len(document.text.encode("utf-8"))
         counts.num_tokens += len(ids) + 1  # the end of the document is a target, too
-        if time.monotonic() - reported > REPORT_SECONDS:
-            reported = time.monotonic()
+        now = time.monotonic()
+        if now - reported > REPORT_SECONDS:
+            reported = now
             megabytes = counts.num_bytes / 1e6
             _log.info("%s: %d documents, %.1f MB so far", split, counts.num_documents, megabytes)
         yield [tokenizer.bos_id, *ids, tokenizer.eos_id]
