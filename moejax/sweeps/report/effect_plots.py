@@ -92,11 +92,10 @@ def _axis_content(
             "No two arms of one seed differ in it alone, so its effect is unknown; see the "
             "settings."
         )
-    first = next(iter(found.values()))
+    first = next(iter(found.values()))  # the loss, if that has an effect
     return html.render(
         "sweep/effect",
         notes=_notes(first, axes),
-        # The first metric is the loss, if that has an effect.
         num_seeds=first.num_seeds if loss_of(arms) in found else 0,
         seeds=count(first.num_seeds, "seed"),
         told_apart=_told_apart(first),
@@ -122,14 +121,15 @@ def _notes(effect: AxisEffect, axes: Names) -> list[str]:
     reference = level_name(effect.reference)
     notes = [f"Compared with {reference}, the first of the sweep that is compared."]
     if effect.changes_with:
-        names = [axes[axis] for axis in effect.changes_with]
-        notes.append(f"With it changes {', '.join(names)}.")
+        names = ", ".join(axes[axis] for axis in effect.changes_with)
+        notes.append(f"With it changes {names}.")
     num_left_out = sum(level.difference.num_left_out for level in effect.others)
     if num_left_out:
         pairs = count(num_left_out, "pair")
         notes.append(f"{pairs} left out, as their cells lack a seed that others have.")
     if effect.num_unset:
-        notes.append(f"{count(effect.num_unset, 'arm')} without it left out.")
+        arms = count(effect.num_unset, "arm")
+        notes.append(f"{arms} without it left out.")
     return notes
 
 

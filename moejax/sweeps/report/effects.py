@@ -254,10 +254,12 @@ def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Intera
     if not num_cells:
         return None
     values_IJS = values_IJCS.mean(axis=2)
+    row_levels = [rows[i] for i in kept_rows]
+    column_levels = [columns[j] for j in kept_columns]
     means = pd.DataFrame(
         values_IJS.mean(axis=2),
-        index=pd.Index([rows[i] for i in kept_rows], dtype=object),
-        columns=pd.Index([columns[j] for j in kept_columns], dtype=object),
+        index=pd.Index(row_levels, dtype=object),
+        columns=pd.Index(column_levels, dtype=object),
     )
     is_whole = means.shape == is_there_IJ.shape
     departure = _largest_departure(values_IJS, num_cells)

@@ -11,7 +11,8 @@ import pandas as pd
 from moejax.inspection import html
 from moejax.inspection.html import Markup
 from moejax.inspection.report.page import figure, grid, table
-from moejax.sweeps.report.figures import Front, draw_front, draw_parallel
+from moejax.sweeps.report.figures import draw_parallel
+from moejax.sweeps.report.front_figure import Front, draw_front
 from moejax.sweeps.report.scale import level_name
 from moejax.sweeps.report.settings import METRICS, NUMBER, arms_in_words, mean_and_error, varies
 from moejax.sweeps.tables import key_of, loss_of, pareto_front
@@ -91,22 +92,30 @@ def fronts(settings: pd.DataFrame, axes: Names, packs: str, is_one_seed: bool) -
     drawn: list[Markup] = []
     tables: list[Markup] = []
     notes: list[str] = []
+    noise = ALL_MAY_BE_NOISE if is_one_seed else ""
     for metric in TRADED:
         name, _ = METRICS[metric]
-        known = settings[np.isfinite(settings[metric]) & has_loss]
+        has_both = np.isfinite(settings[metric]) & has_loss
+        known = settings[has_both]
         num_without = len(settings) - len(known)
         notes += _notes_on_front(known[metric], name, num_without)
         if not varies(known[metric]):
             continue
         traded = (loss, metric)
         is_front = pareto_front(known, list(traded))
-        front = known[is_front].sort_values(metric, kind="stable")
-        noise = ALL_MAY_BE_NOISE if is_one_seed else ""
+        front = known[is_front]
+        front = front.sort_values(metric, kind="stable")
         of_packs = packs if metric == STEP_TIME else ""
-        drawn.append(_draw_front(known, is_front, front, traded, notes=[noise, of_packs]))
+        image = _draw_front(known, is_front, front, traded, notes=[noise, of_packs])
+        drawn.append(image)
         listed = _front_table(front, axes, traded)
         tables.append(html.render("sweep/front", name=name, table=listed))
-    return html.render("sweep/fronts", notes=notes, figures=grid(drawn), tables=html.join(tables))
+    return html.render(
+        "sweep/fronts",
+        notes=notes,
+        figures=grid(drawn),
+        tables=html.join(tables),
+    )
 
 
 def _notes_on_front(values: pd.Series, name: str, num_without: int) -> list[str]:
