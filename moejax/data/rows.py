@@ -234,13 +234,15 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int) -> 
             rows[split] = _counted(pack(streams, seq_len), split, counts[split])
         write_rows(folder, rows, seq_len)
     labels_files = sorted(folder.glob("documents.*.jsonl"))
+    digests = {path.name: digest_of(path) for path in labels_files}
+    counts_of_splits = {split: dataclasses.asdict(count) for split, count in counts.items()}
     manifest: dict[str, Any] = {
         "seq_len": seq_len,
         "tokenizer": tokenizer.fingerprint,
         "source": source.identity,
         "files": file_sizes(folder),
-        "digests": {path.name: digest_of(path) for path in labels_files},
-        "splits": {split: dataclasses.asdict(count) for split, count in counts.items()},
+        "digests": digests,
+        "splits": counts_of_splits,
     }
     write_manifest(folder, manifest)
 
