@@ -157,7 +157,8 @@ def _stack(rows: Sequence[Row], has_documents: bool = False) -> Batch:
     """Returns a batch of rows."""
     stacked = {}
     for name in FEATURES:
-        stacked[name] = np.stack([row[name] for row in rows])
+        values_of_rows = [row[name] for row in rows]
+        stacked[name] = np.stack(values_of_rows)
     return to_batch(stacked, has_documents)
 
 

@@ -82,11 +82,13 @@ class LabelsFile:
         has_labels = bool(document.name or document.domain)
         if self._file is None and has_labels:
             self._file = self._path.open("w", encoding="utf-8")
-            self._file.write(_line("", "") * self._num_unlabelled)
+            unlabelled = _line("", "")
+            self._file.write(unlabelled * self._num_unlabelled)
         if self._file is None:
             self._num_unlabelled += 1
         else:
-            self._file.write(_line(document.name, document.domain))
+            line = _line(document.name, document.domain)
+            self._file.write(line)
 
     def __enter__(self) -> "LabelsFile":
         return self
@@ -128,16 +130,13 @@ def read_labels(
 
 def _from_pairs(pairs: Sequence[tuple[str, str]]) -> Labels:
     """Returns the labels of documents with these names and domains."""
-    names = [name for name, _ in pairs]
+    names = tuple(name for name, _ in pairs)
     all_domains = [domain for _, domain in pairs]
-    domains = sorted(set(all_domains))
+    domains = tuple(sorted(set(all_domains)))
     index_of = {domain: i for i, domain in enumerate(domains)}
     indices = [index_of[domain] for domain in all_domains]
-    return Labels(
-        names=tuple(names),
-        domains=tuple(domains),
-        domain_of_document=np.array(indices, np.int32),
-    )
+    domain_of_document = np.array(indices, np.int32)
+    return Labels(names, domains, domain_of_document)
 
 
 def _read_pairs(path: Path, digest: str | None) -> list[tuple[str, str]]:

@@ -35,10 +35,13 @@ def cut(stream: Sequence[int], seq_len: int) -> list[np.ndarray]:
     Returns:
       int32 arrays of 2 to L + 1 ids; all but the last have L + 1.
     """
-    num_slots = seq_len + 1
     ids = np.asarray(stream, np.int32)
-    starts = range(0, len(ids) - 1, seq_len)
-    return [ids[start : start + num_slots] for start in starts]
+    num_predictions = len(ids) - 1
+    pieces = []
+    for start in range(0, num_predictions, seq_len):
+        end = start + seq_len + 1  # the last target, with which the next piece begins
+        pieces.append(ids[start:end])
+    return pieces
 
 
 def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
@@ -53,12 +56,14 @@ def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
       `positions`, from 0 in each piece; `documents`, the index of the stream that a piece comes
       from. Padding is 0, and -1 in `documents`.
     """
+    slots_of_row = seq_len + 1
     waiting: list[Piece] = []
     num_slots = 0
     for document, stream in enumerate(streams):
         for ids in cut(stream, seq_len):
-            if len(ids) == seq_len + 1:
-                yield lay_out([(ids, document)], seq_len)
+            if len(ids) == slots_of_row:
+                piece = (ids, document)
+                yield lay_out([piece], seq_len)
             else:
                 # A view would keep all of its document in memory.
                 waiting.append((ids.copy(), document))
@@ -72,8 +77,10 @@ def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
 
 def _pack_window(pieces: list[Piece], seq_len: int) -> Iterator[Row]:
     """Packs short pieces into rows that they share."""
+    slots_of_row = seq_len + 1
     lengths = [len(ids) for ids, _ in pieces]
-    for members in first_fit_decreasing(lengths, seq_len + 1):
+    bins = first_fit_decreasing(lengths, slots_of_row)
+    for members in bins:
         pieces_of_row = [pieces[m] for m in members]
         yield lay_out(pieces_of_row, seq_len)
 

@@ -235,14 +235,14 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int) -> 
         write_rows(folder, rows, seq_len)
     labels_files = sorted(folder.glob("documents.*.jsonl"))
     digests = {path.name: digest_of(path) for path in labels_files}
-    splits = {split: dataclasses.asdict(count) for split, count in counts.items()}
+    counts_of_splits = {split: dataclasses.asdict(count) for split, count in counts.items()}
     manifest: dict[str, Any] = {
         "seq_len": seq_len,
         "tokenizer": tokenizer.fingerprint,
         "source": source.identity,
         "files": file_sizes(folder),
         "digests": digests,
-        "splits": splits,
+        "splits": counts_of_splits,
     }
     write_manifest(folder, manifest)
 
@@ -260,8 +260,9 @@ def _streams(
         counts.num_documents += 1
         counts.num_bytes += len(document.text.encode("utf-8"))
         counts.num_tokens += len(ids) + 1  # the end of the document is a target, too
-        if time.monotonic() - reported > REPORT_SECONDS:
-            reported = time.monotonic()
+        now = time.monotonic()
+        if now - reported > REPORT_SECONDS:
+            reported = now
             megabytes = counts.num_bytes / 1e6
             _log.info("%s: %d documents, %.1f MB so far", split, counts.num_documents, megabytes)
         yield [tokenizer.bos_id, *ids, tokenizer.eos_id]

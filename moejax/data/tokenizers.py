@@ -99,10 +99,12 @@ def _save(directory: str | Path, description: dict, model: bytes | None = None) 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if model is not None:
-        replace_file(folder / MODEL_FILE, model)
+        model_path = folder / MODEL_FILE
+        replace_file(model_path, model)
     # The description is written last: where it exists, everything does.
-    text = json.dumps(description, indent=2) + "\n"
-    replace_file(folder / DESCRIPTION_FILE, text.encode())
+    text = json.dumps(description, indent=2)
+    content = f"{text}\n".encode()
+    replace_file(folder / DESCRIPTION_FILE, content)
 
 
 class ByteTokenizer:
@@ -157,14 +159,18 @@ class SentencePieceTokenizer:
         """
         import sentencepiece
 
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        digest = hashlib.sha256(model).hexdigest()
+        self._processor = processor
         self._model = model
-        self.vocab_size = self._processor.vocab_size()
-        self.fingerprint = f"bpe-{hashlib.sha256(model).hexdigest()}"
+        self.vocab_size = processor.vocab_size()
+        self.fingerprint = f"bpe-{digest}"
         ids = list(range(self.vocab_size))
-        self._pieces = self._processor.id_to_piece(ids)
-        byte_ids = [i for i in ids if self._processor.is_byte(i)]
-        self._byte_of = {i: int(self._pieces[i][3:5], 16) for i in byte_ids}  # of "<0xE2>"
+        self._pieces = processor.id_to_piece(ids)
+        self._byte_of: dict[int, int] = {}
+        for i, piece in enumerate(self._pieces):
+            if processor.is_byte(i):  # the piece is written as "<0xE2>"
+                self._byte_of[i] = int(piece[3:5], 16)
         special_pieces = tuple(self._pieces[: len(SPECIAL_PIECES)])
         if special_pieces != SPECIAL_PIECES or len(self._byte_of) != 256:
             raise ValueError(
@@ -174,6 +180,7 @@ class SentencePieceTokenizer:
         self._table = [self._bytes_of(i) for i in ids]
 
     def _bytes_of(self, id: int) -> bytes:
+        """Returns the bytes of the text that an id stands for."""
         if id in self._byte_of:
             return bytes([self._byte_of[id]])
         if self._processor.is_control(id):
@@ -184,7 +191,8 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
-        mark_ids = [self._id_of_byte[byte] for byte in SPACE_MARK.encode("utf-8")]
+        mark_bytes = SPACE_MARK.encode("utf-8")
+        mark_ids = [self._id_of_byte[byte] for byte in mark_bytes]
         first, *others = text.split(SPACE_MARK)
         ids = self._processor.encode(first)
         for part in others:

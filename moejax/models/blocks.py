@@ -114,10 +114,14 @@ class Block(nnx.Module):
                 y_BLD, stats = self.ffn(normed_BLD, context.info)
             return x_BLD + y_BLD, stats, cache
         with jax.named_scope("ffn"):
-            return x_BLD + self.ffn(normed_BLD), None, cache
+            y_BLD = self.ffn(normed_BLD)
+            return x_BLD + y_BLD, None, cache
 
     def mix(
-        self, x_BLD: jax.Array, context: Context, cache: KVCache | None = None
+        self,
+        x_BLD: jax.Array,
+        context: Context,
+        cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns what the mixer adds to the residual stream, and its cache."""
         normed_BLD = self.mixer_norm(x_BLD)
@@ -189,7 +193,10 @@ class Stack(nnx.Module):
         self.unroll = not config.model.scan_layers
 
     def __call__(
-        self, x_BLD: jax.Array, context: Context, overrides: RoutingOverrides = AS_TRAINED
+        self,
+        x_BLD: jax.Array,
+        context: Context,
+        overrides: RoutingOverrides = AS_TRAINED,
     ) -> tuple[jax.Array, RoutingStats | None]:
         """Returns (x_BLD, `RoutingStats` with a leading axis of MoE layers, or None).
 
@@ -200,20 +207,24 @@ class Stack(nnx.Module):
         def one_block(x_BLD, layer):
             index, state, layer_overrides = layer
             block = nnx.merge(graphdef, state)
-            x_BLD, stats, _ = block(x_BLD, context.of_layer(index, layer_overrides))
+            layer_context = context.of_layer(index, layer_overrides)
+            x_BLD, stats, _ = block(x_BLD, layer_context)
             return constrain_tokens(x_BLD), stats
 
         if self.remat:
             policy = jax.checkpoint_policies.save_only_these_names(*self.saved)
+            # A scan keeps the two passes apart by itself; unrolled layers need it said.
             one_block = jax.checkpoint(one_block, policy=policy, prevent_cse=self.unroll)
-        layers = (jnp.arange(self.num), states_N, overrides)
+        indices_N = jnp.arange(self.num)
         num_unrolled = self.num if self.unroll else 1
+        layers = (indices_N, states_N, overrides)
         return jax.lax.scan(one_block, x_BLD, layers, unroll=num_unrolled)
 
     def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
         """Yields the layers of this module with the context of each."""
         for index in range(self.num):
-            yield from self._block(index).walk(context and context.of_layer(index))
+            block = self._block(index)
+            yield from block.walk(context and context.of_layer(index))
 
     def _block(self, index: int):
         graphdef, states_N = nnx.split(self.block)

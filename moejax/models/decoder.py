@@ -83,10 +83,11 @@ class Decoder(nnx.Module):
           (`Config.moe_groups`), with a leading axis of its layers; `stats.join` joins them all.
           Empty for a dense model.
         """
+        is_token_BL = segments_BL > 0
         context = Context(
             positions_BL=positions_BL,
             segments_BL=segments_BL,
-            info=TokenInfo(segments_BL > 0, tokens_BL, positions_BL, knobs, keys_B, trace),
+            info=TokenInfo(is_token_BL, tokens_BL, positions_BL, knobs, keys_B, trace),
         )
         x_BLD = self.embed(tokens_BL)
         stats = []
@@ -114,16 +115,17 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Returns the residual stream before the first layer."""
-        embedding_VD = gather_fsdp(self.embedding, self.config.model.compute_dtype)
+        model = self.config.model
+        embedding_VD = gather_fsdp(self.embedding, model.compute_dtype)
         x_BLD = constrain_tokens(embedding_VD[tokens_BL])
-        return x_BLD * self.config.model.d_model**0.5
+        return x_BLD * model.d_model**0.5
 
     def head(self) -> Head:
         """Returns the map from normalised hidden states to logits."""
-        config = self.config
-        weight = self.embedding if config.model.tied_embeddings else self.unembedding
-        weight_VD = gather_fsdp(weight, config.model.compute_dtype)
-        return Head(weight_VD, config.num_token_ids)
+        model = self.config.model
+        weight = self.embedding if model.tied_embeddings else self.unembedding
+        weight_VD = gather_fsdp(weight, model.compute_dtype)
+        return Head(weight_VD, self.config.num_token_ids)
 
     def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Returns logits, float32, from normalised hidden states."""
@@ -153,27 +155,33 @@ def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:
 
 
 def _make_stack(config: Config, group: LayerGroup, rngs: nnx.Rngs) -> Stack:
+    """Makes the stack of a group; of several kinds of layers, all but the last are dense."""
     num_dense = len(group.kinds) - 1
 
     def make_dense(rngs: nnx.Rngs) -> Block:
         return make_block(config, None, rngs=rngs)
 
-    def make_one(rngs: nnx.Rngs) -> Block | InterleavedBlock:
-        if num_dense == 0:
-            return make_block(config, group.moe, rngs=rngs)
-        dense = Stack(make_dense, num_dense, config, rngs=rngs)
-        return InterleavedBlock(dense, make_block(config, group.moe, rngs=rngs))
+    def make_last(rngs: nnx.Rngs) -> Block:
+        return make_block(config, group.moe, rngs=rngs)
 
+    def make_interleaved(rngs: nnx.Rngs) -> InterleavedBlock:
+        dense = Stack(make_dense, num_dense, config, rngs=rngs)
+        last = make_last(rngs)
+        return InterleavedBlock(dense, last)
+
+    make_one = make_interleaved if num_dense else make_last
     return Stack(make_one, group.num, config, rngs=rngs)
 
 
 def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Block:
     """Makes a layer of attention and a MoE layer, or a feed-forward network where `moe` is None."""
-    dtype = jnp.dtype(config.model.compute_dtype)
-    width = config.model.d_model
-    attention = Attention(config.model, dtype, rngs=rngs)
+    model = config.model
+    dtype = jnp.dtype(model.compute_dtype)
+    width = model.d_model
+    attention = Attention(model, dtype, rngs=rngs)
     if moe is None:
-        return Block(width, attention, FeedForward(width, config.model.d_ff, dtype, rngs=rngs))
+        ffn = FeedForward(width, model.d_ff, dtype, rngs=rngs)
+        return Block(width, attention, ffn)
     moe_layer = MoE(
         moe,
         width,
@@ -187,7 +195,8 @@ def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Bloc
 
 def _first_active_top_k(config: Config, moe: MoeConfig) -> int | None:
     """Returns the experts per token of the first step, None where no schedule changes them."""
-    if config.schedule.top_k == "constant":
+    text = config.schedule.top_k
+    if text == "constant":
         return None
-    schedule = parse_schedule("schedule.top_k", config.schedule.top_k)
+    schedule = parse_schedule("schedule.top_k", text)
     return active_top_k_of(moe.top_k, schedule.start)

@@ -26,10 +26,16 @@ class ParameterCount:
 
 def count_parameters(config: Config) -> ParameterCount:
     """Counts parameters without allocating any."""
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-    parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    total = active = 0
-    for path, param in parameters:
+
+    def make_model() -> Decoder:
+        rngs = nnx.Rngs(params=0)
+        return Decoder(config, rngs=rngs)
+
+    model = nnx.eval_shape(make_model)
+    state = nnx.state(model, nnx.Param)
+    total = 0
+    active = 0
+    for path, param in nnx.to_flat_state(state):
         size = math.prod(param.shape)
         total += size
         active += _active_size(config, path, param, size)
@@ -40,8 +46,10 @@ def _active_size(config: Config, path: tuple[Any, ...], param: Any, size: int) -
     """Returns how many of a parameter's numbers take part in one token's forward pass."""
     if path[0] != "stacks" or "experts" not in param.axes:
         return size
-    group = config.layer_groups[int(str(path[1]))]
-    if group.moe is None:
+    stack = int(str(path[1]))
+    moe = config.layer_groups[stack].moe
+    if moe is None:
         return size
-    num_experts = group.moe.num_experts
-    return size * min(group.moe.top_k, num_experts) // num_experts
+    num_experts = moe.num_experts
+    num_active = min(moe.top_k, num_experts)
+    return size * num_active // num_experts

@@ -43,8 +43,10 @@ def place_experts(
     placed = nnx.merge(*nnx.split(model))
     first = 0
     for block, num in _moe_blocks(placed):
-        block.moe.experts = _in_slots(block.moe.experts, experts_NP[first : first + num])
-        first += num
+        end = first + num
+        moe = block.moe
+        moe.experts = _in_slots(moe.experts, experts_NP[first:end])
+        first = end
     return placed, RoutingOverrides(placement=replicas)
 
 
@@ -66,8 +68,10 @@ def _in_slots(experts: Experts, experts_NP: Int[np.ndarray, "N P"]) -> Experts:
             "model as it was loaded"
         )
 
+    take_of_layer = jax.vmap(jnp.take, in_axes=(0, 0, None))
+
     def place_variable(variable_NE):
-        weights_NP = jax.vmap(jnp.take, in_axes=(0, 0, None))(variable_NE[...], experts_NP, 0)
+        weights_NP = take_of_layer(variable_NE[...], experts_NP, 0)
         layers, _, *axes = variable_NE.axes
         return variable_NE.replace(weights_NP, axes=(layers, "slots", *axes))
 

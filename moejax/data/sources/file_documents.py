@@ -62,15 +62,17 @@ def _read_text(file: TextFile, text_field: str) -> Iterator[Document]:
 
 
 def _read_lines(file: TextFile, text_field: str) -> Iterator[Document]:
-    offset = 0  # bytes before the line, for errors
+    offset = 0  # bytes before the content of the line, for errors
     for number, line in enumerate(_lines(file), start=1):
-        mark = BYTE_ORDER_MARK if number == 1 and line.startswith(BYTE_ORDER_MARK) else b""
-        content = line.removeprefix(mark)
+        content = line
+        if number == 1:
+            content = line.removeprefix(BYTE_ORDER_MARK)
+            offset = len(line) - len(content)
         if content.strip():
             place = Place(file, "line", number)
-            record = _parse(content, place, offset + len(mark))
+            record = _parse(content, place, offset)
             yield _document(record, text_field, place)
-        offset += len(line)
+        offset += len(content)
 
 
 def _lines(file: TextFile) -> Iterator[bytes]:
@@ -140,8 +142,8 @@ def _read_parquet(file: TextFile, text_field: str) -> Iterator[Document]:
 def _document(record: Mapping[str, Any], text_field: str, place: Place) -> Document:
     """Returns the document of a record."""
     if text_field not in record:
-        fields = [*record]
-        texts = [name for name in fields if isinstance(record[name], str)]
+        fields = list(record)
+        texts = [name for name, value in record.items() if isinstance(value, str)]
         raise _no_field(str(place), text_field, fields, texts or fields)
     text = record[text_field]
     if not isinstance(text, str):
@@ -150,9 +152,10 @@ def _document(record: Mapping[str, Any], text_field: str, place: Place) -> Docum
             "or set data.text_field to a field of text"
         )
     _check_characters(text, place)
-    name = _label(record, "name", place) or f"{place.file.stem} {place.number}"
-    domain = _label(record, "domain", place) or place.file.domain
-    return Document(text, name, domain)
+    file = place.file
+    name = _label(record, "name", place)
+    domain = _label(record, "domain", place)
+    return Document(text, name or f"{file.stem} {place.number}", domain or file.domain)
 
 
 def _label(record: Mapping[str, Any], field: str, place: Place) -> str:

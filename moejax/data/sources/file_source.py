@@ -166,12 +166,13 @@ class FileDocuments:
     def _keys(self, file: TextFile) -> Iterator[tuple[int, int]]:
         """Yields the key of each document and its size in bytes."""
         if _is_plain(file):
-            key = split_key(self._digests[file])
-            yield key, file.path.stat().st_size
+            digest = self._digests[file]
+            yield split_key(digest), file.path.stat().st_size
             return
         for document in read_documents(file, self._data.text_field):
-            size = len(document.text.encode("utf-8"))
-            yield _key(document.text), size
+            text = document.text
+            size = len(text.encode("utf-8"))
+            yield _key(text), size
 
 
 def _is_plain(file: TextFile) -> bool:

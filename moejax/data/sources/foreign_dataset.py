@@ -65,16 +65,22 @@ class ForeignDataset:
         Raises:
           DataError: its files are damaged.
         """
-        features = self.builder.info.features
+        builder = self.builder
+        features = builder.info.features
         known = {name: features[name] for name in Document._fields if name in features}
-        info = self.builder.info.splits[split]
-        where = f"{self.builder.data_dir}: {split}"
+        info = builder.info.splits[split]
+        where = f"{builder.data_dir}: {split}"
         remedy = f"{self.remedy} again"
-        paths = [Path(name) for name in info.filepaths]
-        examples = records.Examples(paths, tfds.features.FeaturesDict(known), where, remedy)
-        if len(examples) != info.num_examples:
+        examples = records.Examples(
+            [Path(name) for name in info.filepaths],
+            tfds.features.FeaturesDict(known),
+            where,
+            remedy,
+        )
+        num_examples = len(examples)
+        if num_examples != info.num_examples:
             raise DataError(
-                f"{where} has {len(examples)} documents instead of the {info.num_examples} of "
+                f"{where} has {num_examples} documents instead of the {info.num_examples} of "
                 f"dataset_info.json; {remedy}"
             )
         return examples
@@ -142,12 +148,14 @@ def _versions_of_only_config(folder: Path, wanted: str | None) -> dict[tuple[int
 
 def _versions(folder: Path, wanted: str | None) -> dict[tuple[int, ...], Path]:
     """Returns the versions in a folder that fit one such as `1.2.0` or `1.*.*`, by number."""
-    pattern = re.escape(wanted or "*.*.*").replace(r"\*", "[0-9]+")
+    escaped = re.escape(wanted or "*.*.*")
+    pattern = escaped.replace(r"\*", "[0-9]+")
     fitting = {}
     for path in _folders(folder):
-        has_description = (path / "features.json").exists()
-        if has_description and re.fullmatch(pattern, path.name):
-            number = tuple(map(int, path.name.split(".")))
+        description = path / "features.json"
+        if description.exists() and re.fullmatch(pattern, path.name):
+            parts = path.name.split(".")
+            number = tuple(map(int, parts))
             fitting[number] = path
     return fitting
 
@@ -218,7 +226,9 @@ def _identity(folder: Path) -> str:
     digest = hashlib.sha256()
     files = [path for path in folder.iterdir() if path.is_file()]
     for path in sorted(files):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        size = path.stat().st_size
+        line = f"{path.name} {size}\n"
+        digest.update(line.encode())
         if path.name in DESCRIPTIONS:  # they hold the version and the checksums
             digest.update(path.read_bytes())
     return digest.hexdigest()

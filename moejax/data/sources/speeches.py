@@ -72,14 +72,17 @@ def _by_split(folder: Path) -> dict[str, list[Speech]]:
     texts = (folder / "speeches").glob("*.txt")
     paths = {path.stem: path for path in texts}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
-    validation = held_out(sizes)
+    held_out_names = held_out(sizes)
     metadata = _read_metadata(folder / "metadata.csv")
-    members: dict[str, list[Speech]] = {"train": [], "validation": []}
+    train: list[Speech] = []
+    validation: list[Speech] = []
     for name in sorted(paths):
-        split = "validation" if name in validation else "train"
         speech = (paths[name], metadata[name])
-        members[split].append(speech)
-    return members
+        if name in held_out_names:
+            validation.append(speech)
+        else:
+            train.append(speech)
+    return {"train": train, "validation": validation}
 
 
 def _read_metadata(path: Path) -> dict[str, dict[str, str]]:

@@ -57,10 +57,10 @@ def held_out(sizes: Mapping[str, int]) -> set[str]:
       The names held out: at least one, never all, and no empty document if two have text. They do
       not depend on the order of `sizes`.
     """
-    with_text = [name for name, size in sizes.items() if size]
-    names = with_text if len(with_text) > 1 else [*sizes]
-    key_of = {name: split_key(name) for name in names}
-    sizes_in_order = [sizes[name] for name in names]
-    keys = np.array([*key_of.values()], np.uint64)
-    last_key = last_held_out(keys, np.array(sizes_in_order))
+    with_text = {name: size for name, size in sizes.items() if size}
+    chosen = with_text if len(with_text) > 1 else sizes
+    key_of = {name: split_key(name) for name in chosen}
+    keys = np.array(list(key_of.values()), np.uint64)
+    sizes_of_keys = np.array(list(chosen.values()))
+    last_key = last_held_out(keys, sizes_of_keys)
     return {name for name, key in key_of.items() if key <= last_key}

@@ -103,7 +103,9 @@ def find_text_files(files: str) -> list[TextFile]:
 
 
 def _items(files: str) -> list[str]:
-    if os.path.exists(os.path.expanduser(files)):
+    """Returns the files, folders and globs that a text names, separated by commas."""
+    path = os.path.expanduser(files)
+    if os.path.exists(path):
         return [files]
     items = [item.strip() for item in files.split(",")]
     return [item for item in items if item]
@@ -134,10 +136,12 @@ def _files_of(item: str) -> list[TextFile]:
 def _describe(path: Path, domain: str = "") -> TextFile:
     """Returns a file with the kind and the compression that its suffixes tell."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
+    last = suffixes[-1] if suffixes else ""
+    compression = COMPRESSIONS.get(last, "")
     if compression:
         suffixes.pop()
-    kind: Kind = KINDS.get(suffixes[-1], "text") if suffixes else "text"
+        last = suffixes[-1] if suffixes else ""
+    kind: Kind = KINDS.get(last, "text")
     return TextFile(path, kind, compression, domain)
 
 

@@ -55,7 +55,8 @@ def file_sizes(folder: Path) -> dict[str, int]:
     sizes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
+            name = str(path.relative_to(folder))
+            sizes[name] = path.stat().st_size
     return sizes
 
 

@@ -76,8 +76,8 @@ def write_rows(folder: Path, rows: Mapping[str, Iterator[Row]], seq_len: int) ->
     """
     features = row_features(seq_len)
     for split, rows_of_split in rows.items():
-        name = ROWS_FILE.format(split=split) + SHARD_SUFFIX
-        path = folder / name
+        stem = ROWS_FILE.format(split=split)
+        path = folder / f"{stem}{SHARD_SUFFIX}"
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_examples(path, rows_of_split, features)
 
@@ -144,7 +144,8 @@ class Examples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns one example as arrays and bytes."""
         try:
-            return self.features.deserialize_example_np(self._records[index])
+            record = self._records[index]
+            return self.features.deserialize_example_np(record)
         except READ_ERRORS as error:
             raise self.error(f"{self._word} {index} cannot be read", error) from error
 

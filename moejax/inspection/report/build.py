@@ -9,6 +9,7 @@ import numpy as np
 
 from moejax.data import Corpus
 from moejax.data.labels import Labels
+from moejax.data.packing import Row
 from moejax.inference.generate import generate_text
 from moejax.inference.load import LoadedRun, load_run
 from moejax.inspection.analysis.attributes import Attribute, attributes_of
@@ -68,10 +69,16 @@ def build_report(workdir: str | Path, places: TextPlaces | None = None) -> Path:
 
 def count_routed_tokens(routed: RoutedTokens, vocab_size: int) -> np.ndarray:
     """Returns how often each expert of the `drawn_layers` got each token: `[n, E, V]`."""
-    is_token_T = np.ones(len(routed.tokens_T), bool)
-    experts_nTK = routed.experts_NTK[drawn_layers(len(routed.layers))]
+    layers = drawn_layers(len(routed.layers))
+    experts_nTK = routed.experts_NTK[layers]
+    num_tokens = len(routed.tokens_T)
+    is_token_T = np.ones(num_tokens, bool)
     return count_tokens_by_expert(
-        routed.tokens_T, experts_nTK, vocab_size, routed.num_experts, is_token_T
+        routed.tokens_T,
+        experts_nTK,
+        vocab_size,
+        routed.num_experts,
+        is_token_T,
     )
 
 
@@ -144,8 +151,8 @@ def trace_passage(loaded: LoadedRun, corpus: Corpus) -> Trace:
     layers = drawn_layers(loaded.config.num_moe_layers)
     length = min(PASSAGE_TOKENS, PASSAGE_CELLS // len(layers))
     row = corpus.rows("validation")[0]
-    is_first_document = row["segments"][:length] == 1
-    found = trace(loaded, row["tokens"][:length][is_first_document])
+    tokens = _first_tokens(row, length)
+    found = trace(loaded, tokens)
     return dataclasses.replace(
         found,
         layers=tuple(found.layers[n] for n in layers),
@@ -174,6 +181,14 @@ def write_samples(loaded: LoadedRun, corpus: Corpus) -> list[Sample]:
     return [Sample(prompt, text, TEMPERATURE, TOP_P) for prompt, text in pairs]
 
 
-def _beginning(row: dict[str, np.ndarray], decode: Callable[[list[int]], str]) -> str:
-    is_first_document = row["segments"][:PROMPT_TOKENS] == 1
-    return decode(row["tokens"][:PROMPT_TOKENS][is_first_document].tolist())
+def _beginning(row: Row, decode: Callable[[list[int]], str]) -> str:
+    """Returns the first words of a row's first document."""
+    tokens = _first_tokens(row, PROMPT_TOKENS)
+    return decode(tokens.tolist())
+
+
+def _first_tokens(row: Row, length: int) -> np.ndarray:
+    """Returns at most `length` tokens of a row's first document."""
+    tokens = row["tokens"][:length]
+    segments = row["segments"][:length]
+    return tokens[segments == 1]

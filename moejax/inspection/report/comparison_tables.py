@@ -110,8 +110,13 @@ def _of_two(labels: Sequence[str], lines: Sequence[Line]) -> Markup:
     for line in lines:
         row = line.row
         first, second = line.values
-        minus = _minus(row, second, first)
-        rows.append([row.title, row.show(first), row.show(second), minus])
+        cells = [
+            row.title,
+            row.show(first),
+            row.show(second),
+            _minus(row, second, first),
+        ]
+        rows.append(cells)
     return table(head, rows, "compared")
 
 

@@ -102,7 +102,9 @@ def _at_most(run: Run) -> str:
 
 
 def _tokens_of_layer(
-    load_E: np.ndarray, ranked_E: Sequence[Sequence[TokenShare]], piece: Callable[[int], str]
+    load_E: np.ndarray,
+    ranked_E: Sequence[Sequence[TokenShare]],
+    piece: Callable[[int], str],
 ) -> Markup:
     """Returns a table with a row for each expert of a layer: its load and its tokens."""
     rows = []
@@ -197,10 +199,12 @@ def domains(findings: ReportData) -> Markup:
 
 def _strongest_visit(share_DE: np.ndarray, names: Sequence[str]) -> str:
     """Says which domain has the largest share of its tokens at one expert."""
+    num_experts = share_DE.shape[1]
     largest = int(np.nanargmax(share_DE))
-    domain, expert = divmod(largest, share_DE.shape[1])
+    domain, expert = divmod(largest, num_experts)
+    name = names[domain]
     share = share_DE[domain, expert]
-    return f"{names[domain]} visits expert {expert} with {share:.0%} of its tokens"
+    return f"{name} visits expert {expert} with {share:.0%} of its tokens"
 
 
 def passage(findings: ReportData) -> Markup:

@@ -214,8 +214,9 @@ def charts(run: Run, wanted: Iterable[Chart]) -> Markup:
     for chart in wanted:
         value = figures.only_value(run.series(key)[1] for key, _ in chart.keys)
         if value is not None:
+            shown = number(value)
             where = _where(run, chart)
-            constants.append(f"{chart.title} {number(value)}{where}")
+            constants.append(f"{chart.title} {shown}{where}")
             continue
         image = figures.draw_chart(chart, run.series)
         if image is not None:

@@ -272,9 +272,10 @@ class Run:
 
 def _all_steps(series: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Returns the steps of all metrics, each once, in order."""
-    no_steps = np.zeros(0, np.int64)  # a run without metrics has nothing else to concatenate
     found = [steps for steps, _ in series]
-    all_steps = np.concatenate([no_steps, *found])
+    if not found:
+        return np.zeros(0, np.int64)
+    all_steps = np.concatenate(found)
     return np.unique(all_steps)
 
 

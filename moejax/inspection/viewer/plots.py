@@ -47,10 +47,14 @@ def charts_of(runs: Iterable[LiveRun]) -> tuple[Chart, ...]:
     widths = {run.num_experts for run in runs}
     widths.discard(0)  # dense runs
     width = max(widths, default=1)
-    routing = list(figures.routing_charts(width))
+    routing = figures.routing_charts(width)
     if len(widths) != 1:
-        routing = [dataclasses.replace(chart, reference=None) for chart in routing]
+        routing = _without_references(routing)
     return (*figures.LOSS_CHARTS, *routing, *figures.SPEED_CHARTS)
+
+
+def _without_references(charts: Iterable[Chart]) -> tuple[Chart, ...]:
+    return tuple(dataclasses.replace(chart, reference=None) for chart in charts)
 
 
 def columns(run: LiveRun, key: str, axis: str) -> dict[str, np.ndarray]:
@@ -186,9 +190,13 @@ def constant(chart: Chart, runs: Mapping[str, LiveRun]) -> float | None:
 
     None if there are several, or if no run has had it twice.
     """
-    values = [run.metrics.points(key)[1] for run in runs.values() for key, _ in chart.keys]
-    is_repeated = any(len(values_S) > 1 for values_S in values)
-    return figures.only_value(values) if is_repeated else None
+    found = []
+    for run in runs.values():
+        for key, _ in chart.keys:
+            _, values_S = run.metrics.points(key)
+            found.append(values_S)
+    is_repeated = any(len(values_S) > 1 for values_S in found)
+    return figures.only_value(found) if is_repeated else None
 
 
 def signature(chart: Chart, runs: Mapping[str, LiveRun]) -> tuple[Any, ...]:
@@ -198,10 +206,10 @@ def signature(chart: Chart, runs: Mapping[str, LiveRun]) -> tuple[Any, ...]:
     """
     found = []
     for name, run in runs.items():
-        series = run.metrics.series
         for key, _ in chart.keys:
-            num_values = len(series[key][0]) if key in series else 0
-            found.append((name, key, min(num_values, 2)))
+            steps, _ = run.metrics.series.get(key, ((), ()))
+            num_values = min(len(steps), 2)
+            found.append((name, key, num_values))
     return tuple(found)
 
 
@@ -216,23 +224,36 @@ def load_plot(counts_NE: Int[np.ndarray, "N E"], layers: Sequence[int]) -> figur
     """
     N, E = counts_NE.shape
     height = int(np.clip(110 + 24 * N, 170, 620))
-    # Cells are centred on their indices.
-    plot = _figure(height, x_range=(-0.5, E - 0.5), y_range=(N - 0.5, -0.5))
     colors = load_colors(figures.COLORS)
     mapper = LinearColorMapper(palette=colors, low=-2, high=2, nan_color=DEAD)
-    place: dict[str, Any] = {"x": -0.5, "y": -0.5, "dw": E, "dh": N, "color_mapper": mapper}
-    image = plot.image("log", source=_load_source(counts_NE, layers), **place)
+    # Cells are centred on their indices; the first layer is at the top.
+    plot = _figure(height, x_range=(-0.5, E - 0.5), y_range=(N - 0.5, -0.5))
+    place: dict[str, Any] = {
+        "x": -0.5,
+        "y": -0.5,
+        "dw": E,
+        "dh": N,
+        "color_mapper": mapper,
+    }
+    source = _load_source(counts_NE, layers)
+    image = plot.image("log", source=source, **place)
     tooltips = [("layer", "@layer"), ("expert", "$x{0}"), ("load", "@ratio{0.00}")]
     plot.add_tools(HoverTool(renderers=[image], tooltips=tooltips))
-    plot.xaxis.axis_label = "expert"
-    plot.yaxis.axis_label = "layer"
-    plot.xaxis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
-    shown = _ticks_of_layers(N)
-    plot.yaxis.ticker = FixedTicker(ticks=shown)
-    plot.yaxis.major_label_overrides = {n: str(layers[n]) for n in shown}
     plot.grid.visible = False
+    plot.xaxis.axis_label = "expert"
+    plot.xaxis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
+    _label_layers(plot, layers)
     plot.add_layout(_color_bar(mapper), "right")
     return plot
+
+
+def _label_layers(plot: figure, layers: Sequence[int]) -> None:
+    """Labels the rows of a heat map with their model layers."""
+    axis = plot.yaxis
+    shown = _ticks_of_layers(len(layers))
+    axis.axis_label = "layer"
+    axis.ticker = FixedTicker(ticks=shown)
+    axis.major_label_overrides = {n: str(layers[n]) for n in shown}
 
 
 def _load_source(counts_NE: np.ndarray, layers: Sequence[int]) -> ColumnDataSource:

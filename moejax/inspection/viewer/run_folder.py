@@ -222,24 +222,29 @@ class RunFolder:
         Args:
           max_bytes: of metrics to read at most, of all runs together.
         """
+        self._find_runs()
+        num_left = max_bytes
+        self.is_behind = False
+        for run in self.runs.values():
+            num_left -= run.poll(max(num_left, 0))
+            self.is_behind |= run.metrics.is_behind
+
+    def _find_runs(self) -> None:
+        """Adds runs that are new, and names all of them."""
         found, self.links = find_runs(self.folder)
         for path, workdir in found.items():
             if path not in self.runs:
                 color = self._colors.color_of(path)
                 self.runs[path] = LiveRun(workdir, path, color)
-            self.runs[path].name = self._arms.name_of(workdir, path)
-        self._tell_names_apart()
-        num_left = max_bytes
-        for run in self.runs.values():
-            num_left -= run.poll(max(num_left, 0))
-        self.is_behind = any(run.metrics.is_behind for run in self.runs.values())
-
-    def _tell_names_apart(self) -> None:
-        """Adds its path to the name of each run that shares it with another."""
-        num_runs = collections.Counter(run.name for run in self.runs.values())
+            run = self.runs[path]
+            run.name = self._arms.name_of(workdir, path)
+        # Runs that share their name are told apart by their paths.
+        names = [run.name for run in self.runs.values()]
+        num_runs = collections.Counter(names)
         for path, run in self.runs.items():
-            if num_runs[run.name] > 1:
-                run.name = f"{run.name} ({path})"
+            name = run.name
+            if num_runs[name] > 1:
+                run.name = f"{name} ({path})"
 
     def newest(self, count: int, paths: Iterable[str] | None = None) -> list[str]:
         """Returns the runs that were written last; those without a curve only if all are.

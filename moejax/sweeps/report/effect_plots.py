@@ -13,7 +13,7 @@ from moejax.inspection import html
 from moejax.inspection.analysis.differences import Difference
 from moejax.inspection.html import Markup
 from moejax.inspection.report.page import figure, grid, table
-from moejax.sweeps.report.effects import AxisEffect, axis_effect, distinct_axes
+from moejax.sweeps.report.effects import AxisEffect, Level, axis_effect, distinct_axes
 from moejax.sweeps.report.figures import draw_effect
 from moejax.sweeps.report.plots import ONE_SETTING, STEP_TIME, Names, count
 from moejax.sweeps.report.scale import level_name
@@ -64,7 +64,8 @@ def effects(arms: pd.DataFrame, axes: Names, packs: str) -> Markup:
     intro = html.paragraph(IN_PAIRS)
     if has_one_seed(arms):
         intro = html.paragraph(ONE_SEED, "warning")
-    constants = html.paragraph(constants_in_words(arms, EFFECT_METRICS, "arms"))
+    same_in_all = constants_in_words(arms, EFFECT_METRICS, "arms")
+    constants = html.paragraph(same_in_all)
     sections = []
     for axis in distinct_axes(arms):
         content = _axis_content(arms, axis, axes, metrics, packs)
@@ -91,11 +92,10 @@ def _axis_content(
             "No two arms of one seed differ in it alone, so its effect is unknown; see the "
             "settings."
         )
-    first = next(iter(found.values()))
+    first = next(iter(found.values()))  # the loss, if that has an effect
     return html.render(
         "sweep/effect",
         notes=_notes(first, axes),
-        # The first metric is the loss, if that has an effect.
         num_seeds=first.num_seeds if loss_of(arms) in found else 0,
         seeds=count(first.num_seeds, "seed"),
         told_apart=_told_apart(first),
@@ -121,14 +121,15 @@ def _notes(effect: AxisEffect, axes: Names) -> list[str]:
     reference = level_name(effect.reference)
     notes = [f"Compared with {reference}, the first of the sweep that is compared."]
     if effect.changes_with:
-        names = [axes[axis] for axis in effect.changes_with]
-        notes.append(f"With it changes {', '.join(names)}.")
+        names = ", ".join(axes[axis] for axis in effect.changes_with)
+        notes.append(f"With it changes {names}.")
     num_left_out = sum(level.difference.num_left_out for level in effect.others)
     if num_left_out:
         pairs = count(num_left_out, "pair")
         notes.append(f"{pairs} left out, as their cells lack a seed that others have.")
     if effect.num_unset:
-        notes.append(f"{count(effect.num_unset, 'arm')} without it left out.")
+        arms = count(effect.num_unset, "arm")
+        notes.append(f"{arms} without it left out.")
     return notes
 
 
@@ -137,8 +138,14 @@ def _told_apart(effect: AxisEffect) -> list[str]:
     found = []
     for level in effect.others:
         if level.difference.is_told_apart:
-            found.append(f"{level_name(level.level)}: {difference_in_words(level.difference)}")
+            found.append(_level_in_words(level))
     return found
+
+
+def _level_in_words(level: Level) -> str:
+    """Returns a level and its difference from the reference."""
+    name = level_name(level.level)
+    return f"{name}: {difference_in_words(level.difference)}"
 
 
 def _effect_table(found: Effects) -> Markup:
@@ -164,24 +171,28 @@ def _metric_cells(effect: AxisEffect, level: Any) -> list[str]:
     Of a metric that the first level lacks, another level is the reference.
     """
     key = key_of(level)
-    own = next((other for other in effect.levels if key_of(other.level) == key), None)
-    if own is None:
+    level_at = {key_of(known.level): known for known in effect.levels}
+    if key not in level_at:
         return ["", ""]
-    is_reference = key == key_of(effect.reference)
-    difference = "reference" if is_reference else difference_in_words(own.difference)
-    return [mean_and_error(own.mean, math.nan), difference]
+    own = level_at[key]
+    mean = mean_and_error(own.mean, math.nan)
+    if key == key_of(effect.reference):
+        return [mean, "reference"]
+    return [mean, difference_in_words(own.difference)]
 
 
 def _pairs_in_words(difference: Difference) -> str:
     if not difference.num_pairs:
         return "none"
-    return f"{difference.num_pairs} of {count(difference.num_seeds, 'seed')}"
+    seeds = count(difference.num_seeds, "seed")
+    return f"{difference.num_pairs} of {seeds}"
 
 
 def _effect_in_words(effect: AxisEffect, axis: str, metric: str) -> str:
     parts = []
     for level in effect.others:
         if level.difference.num_seeds > 1:
-            parts.append(f"{level_name(level.level)}: {difference_in_words(level.difference)}")
+            parts.append(_level_in_words(level))
     reference = level_name(effect.reference)
-    return f"Difference in {metric} from {axis} {reference}: {'; '.join(parts)}"
+    listed = "; ".join(parts)
+    return f"Difference in {metric} from {axis} {reference}: {listed}"

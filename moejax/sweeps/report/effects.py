@@ -7,7 +7,7 @@ Everything is a difference between arms of the same seed, see
 import collections
 import dataclasses
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,14 +63,14 @@ class AxisEffect:
     @property
     def others(self) -> tuple[Level, ...]:
         """All levels but the reference."""
-        return tuple(
-            level for level in self.levels if key_of(level.level) != key_of(self.reference)
-        )
+        reference = key_of(self.reference)
+        return tuple(level for level in self.levels if key_of(level.level) != reference)
 
     @property
     def num_seeds(self) -> int:
         """The most seeds that a difference is over."""
-        return max((level.difference.num_seeds for level in self.others), default=0)
+        num_seeds = [level.difference.num_seeds for level in self.others]
+        return max(num_seeds, default=0)
 
 
 def axis_effect(arms: pd.DataFrame, metric: str, axis: str) -> AxisEffect:
@@ -82,28 +82,33 @@ def axis_effect(arms: pd.DataFrame, metric: str, axis: str) -> AxisEffect:
       metric: a column of it.
       axis: a column `override/KEY` of it.
     """
-    known = with_metric(arms, metric)
-    together = tuple(changes_with(known, axis))
-    is_set = np.array([key_of(level) is not None for level in known[axis]], bool)
-    num_unset = int((~is_set).sum())
-    known = known[is_set]
+    with_any_level = with_metric(arms, metric)
+    together = tuple(changes_with(with_any_level, axis))
+    known = with_any_level[~_has_level(with_any_level, axis, None)]
+    num_unset = len(with_any_level) - len(known)
     if known.empty:
         return AxisEffect(None, (), together, num_unset)
-    ignored = {axis, *together}
-    cells = [name for name in axes_of(known) if name not in ignored]
+    cells = _other_axes(known, {axis, *together})
+    levels = levels_of(known[axis])
     measured = {}
-    for level in levels_of(known[axis]):
+    for level in levels:
         of_level = known[_has_level(known, axis, level)]
         measured[key_of(level)] = measured_by_cell(of_level, metric, cells)
     # The reference is the first level of the sweep, not the lowest.
     reference = known[axis].iloc[0]
     of_reference = measured[key_of(reference)]
     found = []
-    for level in levels_of(known[axis]):
+    for level in levels:
         own = measured[key_of(level)]
+        mean = _mean_of_cells(own)
         difference = mean_difference(pair_up(of_reference, own))
-        found.append(Level(level, _mean_of_cells(own), difference))
+        found.append(Level(level, mean, difference))
     return AxisEffect(reference, tuple(found), together, num_unset)
+
+
+def _other_axes(arms: pd.DataFrame, ignored: Collection[str]) -> list[str]:
+    """Returns the axes whose levels make the cells: pairs are equal in all of them."""
+    return [name for name in axes_of(arms) if name not in ignored]
 
 
 def with_metric(arms: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -114,6 +119,7 @@ def with_metric(arms: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _has_level(arms: pd.DataFrame, axis: str, level: Any) -> Bool[np.ndarray, "S"]:
+    """Returns for each arm whether it has this level of an axis; None: whether it has none."""
     key = key_of(level)
     return np.array([key_of(value) == key for value in arms[axis]], bool)
 
@@ -133,13 +139,15 @@ def measured_by_cell(arms: pd.DataFrame, metric: str, cells: Sequence[str]) -> M
 
     Arms that agree in all of these are averaged.
     """
-    by_place: dict[Place, list[float]] = collections.defaultdict(list)
+    values_at: dict[Place, list[float]] = collections.defaultdict(list)
     for row in arms.to_dict("records"):
-        place: Place = (_cell_of(row, cells), row["seed"])
-        by_place[place].append(row[metric])
+        cell = _cell_of(row, cells)
+        seed = row["seed"]
+        values_at[cell, seed].append(row[metric])
     means: dict[Place, float] = {}
-    for place, values in by_place.items():
-        means[place] = float(np.mean(values))
+    for place, values in values_at.items():
+        mean = np.mean(values)
+        means[place] = float(mean)
     return means
 
 
@@ -163,9 +171,10 @@ def distinct_axes(arms: pd.DataFrame) -> list[str]:
     codes = _level_codes(arms)
     followers = {axis: _followers(codes, axis) for axis in codes}
     kept: list[str] = []
-    for axis in followers:
-        twins = [other for other in followers[axis] if axis in followers[other]]
-        if not any(other in kept for other in twins):
+    for axis, following in followers.items():
+        # Axes that follow from each other always change together.
+        twins = [other for other in following if axis in followers[other]]
+        if not set(twins) & set(kept):
             kept.append(axis)
     return kept
 
@@ -231,7 +240,8 @@ def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Intera
       are not there.
     """
     known = with_metric(arms, metric)
-    rows, columns = levels_of(known[one]), levels_of(known[other])
+    rows = levels_of(known[one])
+    columns = levels_of(known[other])
     measured = _measured_by_levels(known, metric, one, other)
     is_there_IJ = np.zeros((len(rows), len(columns)), bool)
     for place, found in measured.items():
@@ -239,37 +249,44 @@ def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Intera
     kept_rows, kept_columns = _complete_levels(is_there_IJ)
     if len(kept_rows) < 2 or len(kept_columns) < 2:
         return None
-    values_IJCS = _stack(measured, kept_rows, kept_columns)
-    is_known_CS = np.isfinite(values_IJCS).all(axis=(0, 1))
-    kept_cells, kept_seeds = whole_block(is_known_CS)
-    if not kept_cells.size:
+    values_IJCS = _without_holes(_stack(measured, kept_rows, kept_columns))
+    num_cells = values_IJCS.shape[2]
+    if not num_cells:
         return None
-    of_cells_IJCS = values_IJCS[:, :, kept_cells]
-    values_IJS = of_cells_IJCS[..., kept_seeds].mean(axis=2)
+    values_IJS = values_IJCS.mean(axis=2)
+    row_levels = [rows[i] for i in kept_rows]
+    column_levels = [columns[j] for j in kept_columns]
     means = pd.DataFrame(
         values_IJS.mean(axis=2),
-        index=pd.Index([rows[i] for i in kept_rows], dtype=object),
-        columns=pd.Index([columns[j] for j in kept_columns], dtype=object),
+        index=pd.Index(row_levels, dtype=object),
+        columns=pd.Index(column_levels, dtype=object),
     )
     is_whole = means.shape == is_there_IJ.shape
-    departure = _largest_departure(values_IJS, len(kept_cells))
+    departure = _largest_departure(values_IJS, num_cells)
     return Interaction(means, departure, is_whole)
+
+
+def _without_holes(values_IJCS: Float[np.ndarray, "I J C S"]) -> Float[np.ndarray, "I J c s"]:
+    """Returns the cells and seeds that all levels have; no cell where there are none."""
+    is_known_CS = np.isfinite(values_IJCS).all(axis=(0, 1))
+    kept_cells, kept_seeds = whole_block(is_known_CS)
+    of_cells_IJcS = values_IJCS[:, :, kept_cells]
+    return of_cells_IJcS[..., kept_seeds]
 
 
 def _measured_by_levels(
     known: pd.DataFrame, metric: str, one: str, other: str
 ) -> dict[tuple[int, int], Measured]:
     """Returns a metric for each pair of levels of two axes, by their numbers."""
-    ignored = {one, other, *changes_with(known, one), *changes_with(known, other)}
-    cells = [name for name in axes_of(known) if name not in ignored]
+    followers = changes_with(known, one) + changes_with(known, other)
+    cells = _other_axes(known, {one, other, *followers})
     rows = levels_of(known[one])
     columns = levels_of(known[other])
     found = {}
     for i, row in enumerate(rows):
-        has_row = _has_level(known, one, row)
+        of_row = known[_has_level(known, one, row)]
         for j, column in enumerate(columns):
-            has_column = _has_level(known, other, column)
-            arms = known[has_row & has_column]
+            arms = of_row[_has_level(of_row, other, column)]
             found[i, j] = measured_by_cell(arms, metric, cells)
     return found
 
@@ -281,42 +298,54 @@ def _complete_levels(is_there_IJ: Bool[np.ndarray, "I J"]) -> tuple[list[int], l
     whichever has more cells.
     """
     num_rows, num_columns = is_there_IJ.shape
-    all_rows = list(range(num_rows))
-    all_columns = list(range(num_columns))
     is_full_I = is_there_IJ.all(axis=1)
     is_full_J = is_there_IJ.all(axis=0)
-    num_cells_by_row = int(is_full_I.sum()) * num_columns
-    num_cells_by_column = num_rows * int(is_full_J.sum())
+    full_rows = np.flatnonzero(is_full_I).tolist()
+    full_columns = np.flatnonzero(is_full_J).tolist()
+    num_cells_by_row = len(full_rows) * num_columns
+    num_cells_by_column = num_rows * len(full_columns)
     if num_cells_by_row >= num_cells_by_column:
-        return np.flatnonzero(is_full_I).tolist(), all_columns
-    return all_rows, np.flatnonzero(is_full_J).tolist()
+        return full_rows, list(range(num_columns))
+    return list(range(num_rows)), full_columns
 
 
 def _stack(
-    measured: Mapping[tuple[int, int], Measured], rows: Sequence[int], columns: Sequence[int]
+    measured: Mapping[tuple[int, int], Measured],
+    rows: Sequence[int],
+    columns: Sequence[int],
 ) -> Float[np.ndarray, "I J C S"]:
     """Returns the values of some rows and columns, over the same cells and seeds everywhere."""
     cells, seeds = places_of(*measured.values())
     tables = []
     for i in rows:
-        tables.append([as_table(measured[i, j], cells, seeds) for j in columns])
+        tables_of_row = [as_table(measured[i, j], cells, seeds) for j in columns]
+        tables.append(tables_of_row)
     return np.array(tables)
 
 
 def _largest_departure(values_IJS: Float[np.ndarray, "I J S"], num_cells: int) -> Difference:
+    """Returns the largest departure of a cell from the sum of two separate effects."""
+    num_rows, num_columns, num_seeds = values_IJS.shape
+    departures_IJS = values_IJS - _separate_effects(values_IJS)
+    means_IJ = departures_IJS.mean(axis=2)
+    largest = np.abs(means_IJ).argmax()
+    i, j = np.unravel_index(largest, means_IJ.shape)
+    departures_S = departures_IJS[i, j]
+    # Its sign depends on which cell it is, and says nothing.
+    sign = -1 if departures_S.mean() < 0 else 1
+    unsigned_1S = sign * departures_S[None]
+    num_looks = _num_departures(num_rows) * _num_departures(num_columns)
+    found = mean_difference(unsigned_1S, num_looks)
+    num_pairs = num_cells * num_seeds
+    return dataclasses.replace(found, num_pairs=num_pairs)
+
+
+def _separate_effects(values_IJS: Float[np.ndarray, "I J S"]) -> Float[np.ndarray, "I J S"]:
+    """Returns what the values would be if neither axis changed what the other does."""
     by_row_I1S = values_IJS.mean(axis=1, keepdims=True)
     by_column_1JS = values_IJS.mean(axis=0, keepdims=True)
     overall_11S = values_IJS.mean(axis=(0, 1), keepdims=True)
-    sums_IJS = by_row_I1S + by_column_1JS - overall_11S
-    departures_IJS = values_IJS - sums_IJS
-    num_rows, num_columns, num_seeds = values_IJS.shape
-    largest = np.abs(departures_IJS.mean(axis=2)).argmax()
-    i, j = np.unravel_index(largest, (num_rows, num_columns))
-    departures_S = departures_IJS[i, j]
-    num_looks = _num_departures(num_rows) * _num_departures(num_columns)
-    sign = -1 if departures_S.mean() < 0 else 1  # it depends on the cell and says nothing
-    found = mean_difference(sign * departures_S[None], num_looks)
-    return dataclasses.replace(found, num_pairs=num_cells * num_seeds)
+    return by_row_I1S + by_column_1JS - overall_11S
 
 
 def _num_departures(num_levels: int) -> int:
@@ -336,13 +365,18 @@ def compare_settings(
       settings: ids of the arms of each setting.
     """
     known = with_metric(arms, metric)
-    seed_of = dict(zip(known["arm"], known["seed"], strict=True))
-    value_of = dict(zip(known["arm"], known[metric], strict=True))
+    ids_known = known["arm"]
+    seed_of = dict(zip(ids_known, known["seed"], strict=True))
+    value_of = dict(zip(ids_known, known[metric], strict=True))
 
     def measured(ids: Sequence[str]) -> Measured:
         """Returns the metric of a setting by seed; a setting is one cell."""
-        present = [arm for arm in ids if arm in value_of]
-        return {("", seed_of[arm]): float(value_of[arm]) for arm in present}
+        found: dict[Place, float] = {}
+        for arm in ids:
+            if arm in value_of:
+                seed = seed_of[arm]
+                found["", seed] = float(value_of[arm])
+        return found
 
     of_reference = measured(reference)
     differences = []

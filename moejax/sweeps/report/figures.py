@@ -1,6 +1,5 @@
-"""Figures of a sweep: effects of one axis and of two, all settings at once, and fronts."""
+"""Figures of a sweep: effects of one axis and of two, and all settings at once."""
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
@@ -90,9 +89,11 @@ def _draw_differences(
     axes: Axes, scale: Scale, levels: Sequence[Level], marks: Mapping[str, Any]
 ) -> None:
     """Draws differences as points with intervals, along the axis that has room for names."""
-    places = scale.places([level.level for level in levels])
-    means = np.array([level.difference.mean for level in levels])
-    reach = np.array([level.difference.high for level in levels]) - means
+    places = scale.places(level.level for level in levels)
+    differences = [level.difference for level in levels]
+    means = np.array([difference.mean for difference in differences])
+    ends = np.array([difference.high for difference in differences])
+    reach = ends - means
     if scale.is_named:
         axes.errorbar(means, places, xerr=reach, **INTERVAL, **marks)
     else:
@@ -155,9 +156,11 @@ def _label(axes: Axes, scale: Scale, axis: str, metric: str) -> None:
     """Labels both axes; levels with names stand below one another, where there is room for them."""
     name = _name(axis, 40)
     if scale.is_named:
+        num_levels = len(scale.levels)
+        has_room = num_levels > 3 or len(name) < 18
         scale.label(axes.yaxis)
-        axes.set_ylim(len(scale.levels) - 0.5, -0.5)
-        axes.set_ylabel(name if len(scale.levels) > 3 or len(name) < 18 else "")
+        axes.set_ylim(num_levels - 0.5, -0.5)
+        axes.set_ylabel(name if has_room else "")
         axes.set_xlabel(metric)
     else:
         scale.label(axes.xaxis)
@@ -166,10 +169,11 @@ def _label(axes: Axes, scale: Scale, axis: str, metric: str) -> None:
         axes.set_ylabel(metric)
     of_metric = axes.xaxis if scale.is_named else axes.yaxis
     of_metric.set_major_locator(MaxNLocator(5))
-    of_metric.set_major_formatter(FuncFormatter(lambda value, _: _tick_label(value)))
+    of_metric.set_major_formatter(FuncFormatter(_tick_label))
 
 
-def _tick_label(value: float) -> str:
+def _tick_label(value: float, _: int | None) -> str:
+    """Returns a number of a metric's axis; the second argument is its place among the ticks."""
     return f"{value:.4g}" if abs(value) < 10_000 else short_number(value)
 
 
@@ -194,33 +198,48 @@ def draw_parallel(
       label: of the metric.
     """
     values_S = settings[metric].to_numpy(np.float64)
-    scales = [scale_of(settings[axis]) for axis in axes_names]
-    scales.append(Scale(tuple(sorted(set(values_S))), "linear"))
-    heights = []
-    for scale, column in zip(scales, [*axes_names, metric], strict=True):
-        heights.append(_unit(scale, scale.places(settings[column])))
-    # A line for each setting, as points [axis, height].
-    numbers = np.arange(len(scales))
-    lines = [np.column_stack([numbers, row]) for row in np.column_stack(heights)]
+    metric_levels = sorted(set(values_S))
+    scale_of_column = {axis: scale_of(settings[axis]) for axis in axes_names}
+    scale_of_column[metric] = Scale(tuple(metric_levels), "linear")
+    scales = list(scale_of_column.values())
+    lines = _lines(settings, scale_of_column)
     norm = Normalize(float(values_S.min()), float(values_S.max()))
     with matplotlib.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
-        width = max(WIDTH, 0.9 + AXIS_WIDTH * (len(scales) - 1) + 0.9)
-        figure = Figure(figsize=(width, 3.4), dpi=144, facecolor="none", layout=layout)
+        figure = _wide_figure(len(scales))
         axes = figure.add_subplot()
+        num_thin = len(lines) - 1
+        # Drawn from the last to the first, so that setting 1 lies on top.
         collection = LineCollection(
             lines[::-1],
             cmap=COLOR_MAP,
             norm=norm,
             array=values_S[::-1],
             alpha=0.85,
-            linewidths=[*[1.1] * (len(lines) - 1), 3.2],
+            linewidths=[1.1] * num_thin + [3.2],
         )
         axes.add_collection(collection)
         _draw_scales(axes, scales, [*axes_names.values(), label])
         mesh = ScalarMappable(norm, COLOR_MAP)
         color_bar(figure, axes, mesh, label)
         return Drawing.from_figure(figure)
+
+
+def _wide_figure(num_scales: int) -> Figure:
+    """Returns an empty figure with room between the axes of `draw_parallel`."""
+    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
+    width = max(WIDTH, 0.9 + AXIS_WIDTH * (num_scales - 1) + 0.9)
+    return Figure(figsize=(width, 3.4), dpi=144, facecolor="none", layout=layout)
+
+
+def _lines(settings: pd.DataFrame, scales: Mapping[str, Scale]) -> list[np.ndarray]:
+    """Returns a line for each setting, as points `[axis, height]`."""
+    heights = []
+    for column, scale in scales.items():
+        places_S = scale.places(settings[column])
+        heights.append(_unit(scale, places_S))
+    numbers = np.arange(len(heights))
+    by_setting = np.column_stack(heights)
+    return [np.column_stack([numbers, row]) for row in by_setting]
 
 
 def _unit(scale: Scale, places: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
@@ -237,9 +256,7 @@ def _unit(scale: Scale, places: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"
 
 def _draw_scales(axes: Axes, scales: Sequence[Scale], names: Sequence[str]) -> None:
     """Draws the axes of `draw_parallel`; names that would touch are alternately high and low."""
-    lengths = [min(len(name), NAME_LETTERS) for name in names]
-    pairs = itertools.pairwise(lengths)
-    is_tight = any(one + other > 2 * NEIGHBOUR_LETTERS for one, other in pairs)
+    is_tight = _would_touch(names)
     for i, (scale, name) in enumerate(zip(scales, names, strict=True)):
         axes.plot([i, i], [0, 1], color=GREY, lw=1, zorder=3)
         _draw_ticks(axes, scale, i)
@@ -259,6 +276,13 @@ def _draw_scales(axes: Axes, scales: Sequence[Scale], names: Sequence[str]) -> N
     axes.axis("off")
 
 
+def _would_touch(names: Sequence[str]) -> bool:
+    """Returns whether two names side by side are too long for their axes."""
+    lengths = [min(len(name), NAME_LETTERS) for name in names]
+    pairs = itertools.pairwise(lengths)
+    return any(one + other > 2 * NEIGHBOUR_LETTERS for one, other in pairs)
+
+
 def _draw_ticks(axes: Axes, scale: Scale, i: int) -> None:
     """Draws the ticks of the axis at x = i, with labels on its right."""
     background = {
@@ -271,101 +295,15 @@ def _draw_ticks(axes: Axes, scale: Scale, i: int) -> None:
     heights = _unit(scale, np.array([place for place, _ in ticks]))
     for height, (_, text) in zip(heights, ticks, strict=True):
         axes.plot([i - 0.02, i + 0.02], [height, height], color=GREY, lw=1, zorder=3)
-        shown = text if len(text) <= TICK_LETTERS else f"{text[: TICK_LETTERS - 1]}…"
+        if len(text) > TICK_LETTERS:
+            text = f"{text[: TICK_LETTERS - 1]}…"
         axes.text(
             i + 0.05,
             height,
-            shown,
+            text,
             va="center",
             ha="left",
             fontsize=8.5,
             zorder=4,
             bbox=background,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Front:
-    """Settings by two metrics, both of which are to be low.
-
-    Attributes:
-      x: of each setting, finite.
-      y: of each setting, finite.
-      errors: standard errors of `y`, drawn as bars; NaN where there is none.
-      is_front: no other setting is as low in both and lower in one.
-      numbers: of the settings; those of the front are written next to it.
-    """
-
-    x: Float[np.ndarray, "S"]
-    y: Float[np.ndarray, "S"]
-    errors: Float[np.ndarray, "S"]
-    is_front: Bool[np.ndarray, "S"]
-    numbers: Sequence[int]
-
-
-def draw_front(front: Front, *, xlabel: str, ylabel: str) -> Drawing:
-    """Draws what two metrics trade.
-
-    Args:
-      front: the settings.
-      xlabel: quantity and unit.
-      ylabel: quantity and unit.
-    """
-    x, y, is_other = front.x, front.y, ~front.is_front
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(2.7)
-        axes.errorbar(
-            x,
-            y,
-            yerr=front.errors,
-            ls="none",
-            color=GREY,
-            elinewidth=0.8,
-            alpha=0.6,
-            zorder=1.5,
-        )
-        axes.plot(x[is_other], y[is_other], "o", color=GREY, ms=4, alpha=0.6, label="others")
-        order = np.flatnonzero(front.is_front)[np.argsort(x[front.is_front], kind="stable")]
-        axes.step(x[order], y[order], "-", where="post", color=ORANGE, lw=1, zorder=2.5)
-        axes.plot(
-            x[order],
-            y[order],
-            "D",
-            color=ORANGE,
-            ms=6,
-            mec="white",
-            mew=0.7,
-            zorder=3,
-            label="on the front",
-        )
-        _number_settings(axes, front, order)
-        figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.1)
-        axes.margins(0.09)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        return Drawing.from_figure(figure)
-
-
-def _number_settings(axes: Axes, front: Front, order: np.ndarray) -> None:
-    """Writes the numbers of settings on the front, without those too close to the one before."""
-    width, height = np.ptp(front.x) or 1, np.ptp(front.y) or 1
-    last: tuple[float, float] | None = None
-    for i in order:
-        here = (float(front.x[i] / width), float(front.y[i] / height))
-        if last is not None and _are_close(last, here):
-            continue
-        axes.annotate(
-            str(front.numbers[i]),
-            (front.x[i], front.y[i]),
-            xytext=(5, 4),
-            textcoords="offset points",
-            zorder=4,
-        )
-        last = here
-
-
-def _are_close(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Returns whether numbers at two places, in parts of the figure, would touch."""
-    return max(abs(other[0] - one[0]) * 3, abs(other[1] - one[1]) * 2) <= 0.2

@@ -60,12 +60,13 @@ def interactions(arms: pd.DataFrame, axes: Names) -> Markup:
         return html.paragraph(ONE_SEED, "warning")
     pairs, num_sparse = _find_pairs(arms, names)
     told_apart = [pair for pair in pairs if pair.departure.is_told_apart]
+    drawn = [_draw(arms, pair, axes) for pair in told_apart[:MAX_PAIRS]]
     return html.render(
         "sweep/interactions",
         sparse=count(num_sparse, "pair") if num_sparse else "",
         is_noise=bool(pairs) and not told_apart,
         table=_table(pairs, axes),
-        figures=grid(_draw(arms, pair, axes) for pair in told_apart[:MAX_PAIRS]),
+        figures=grid(drawn),
     )
 
 
@@ -80,14 +81,14 @@ def _find_pairs(arms: pd.DataFrame, names: list[str]) -> tuple[list[Pair], int]:
     num_sparse = 0
     for one, other in itertools.combinations(names, 2):
         along, lines = _order(arms, one, other)
-        both = None
-        if _num_levels(arms, along) <= MAX_LEVELS and _num_levels(arms, lines) <= MAX_LINES:
-            both = interaction(arms, loss, along, lines)
+        has_room = _num_levels(arms, along) <= MAX_LEVELS and _num_levels(arms, lines) <= MAX_LINES
+        both = interaction(arms, loss, along, lines) if has_room else None
         if both is None:
             num_sparse += 1
         else:
             pairs.append(Pair(along, lines, both))
-    return sorted(pairs, key=lambda pair: pair.rank), num_sparse
+    pairs.sort(key=lambda pair: pair.rank)
+    return pairs, num_sparse
 
 
 def _order(arms: pd.DataFrame, one: str, other: str) -> tuple[str, str]:
@@ -96,19 +97,20 @@ def _order(arms: pd.DataFrame, one: str, other: str) -> tuple[str, str]:
     Numbers are along the axis, names are lines; of two of a kind, the one with more levels is along
     the axis.
     """
-
-    def rank(axis: str) -> tuple[bool, int]:
-        scale = scale_of(arms[axis])
-        num_levels = len(scale.levels)
-        is_line = not scale.is_named and num_levels > 1
-        return is_line, num_levels
-
     along, lines = one, other
-    if rank(one) < rank(other):
+    if _rank_along(arms, one) < _rank_along(arms, other):
         along, lines = other, one
     if _num_levels(arms, lines) > MAX_LINES:
         along, lines = lines, along
     return along, lines
+
+
+def _rank_along(arms: pd.DataFrame, axis: str) -> tuple[bool, int]:
+    """Returns how well lines run along an axis, highest for the best."""
+    scale = scale_of(arms[axis])
+    num_levels = len(scale.levels)
+    is_line = not scale.is_named and num_levels > 1
+    return is_line, num_levels
 
 
 def _num_levels(arms: pd.DataFrame, axis: str) -> int:
@@ -136,8 +138,10 @@ def _table(pairs: list[Pair], axes: Names) -> Markup:
     rows = []
     for pair in pairs:
         name = f"{axes[pair.along]} by {axes[pair.lines]}"
-        rows.append([name, difference_in_words(pair.departure), _verdict(pair.departure)])
-    return table(["pair", "largest departure", "told apart from 0"], rows, "numbers")
+        departure = difference_in_words(pair.departure)
+        rows.append([name, departure, _verdict(pair.departure)])
+    head = ["pair", "largest departure", "told apart from 0"]
+    return table(head, rows, "numbers")
 
 
 def _departure(both: Interaction) -> str:
@@ -155,7 +159,9 @@ def _verdict(departure: Difference) -> str:
 def _interaction_in_words(means: pd.DataFrame, along: str, lines: str, metric: str) -> str:
     cells = means.stack()
     lowest = cells.idxmin()
-    where = f"{level_name(lowest[0])} and {level_name(lowest[1])}"
+    value = cells[lowest]
+    level_along, level_of_line = map(level_name, lowest)
     return (
-        f"Mean {metric} by {along}, a line for each {lines}; lowest {cells[lowest]:.4g} at {where}"
+        f"Mean {metric} by {along}, a line for each {lines}; lowest {value:.4g} at "
+        f"{level_along} and {level_of_line}"
     )

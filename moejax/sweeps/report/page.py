@@ -71,8 +71,9 @@ def _compared_sections(compared: pd.DataFrame, planned: Entries) -> list[Section
         nothing = html.paragraph("No arm is done, so there is nothing to compare.")
         return [("settings", "Settings", nothing)]
     axes = short_names(axes_of(compared))
-    packs, is_one_seed = pack_note(compared), has_one_seed(compared)
-    matched = [str(name) for name in compared.columns if str(name).startswith(MATCHED)]
+    packs = pack_note(compared)
+    is_one_seed = has_one_seed(compared)
+    matched = _columns_of(compared.columns, MATCHED)
     listed = _token_note(axes) + settings_table(settings, compared, matched, planned)
     traded = fronts(settings, axes, packs, is_one_seed)
     return [
@@ -94,24 +95,35 @@ def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> Markup:
     match = str(definition.get("match") or "")
     versions = definition.get("versions") or {}
     levels_by_key = _swept(planned)
+    command = str(definition.get("command") or "not known")
+    packs = definition.get("packs") or []
     rows: list[tuple[Any, Any]] = [
         ("Recipe", definition.get("recipe") or "not known"),
-        ("Command", _command(str(definition.get("command") or "not known"))),
+        ("Command", _command(command)),
         ("Arms", _arms(planned, levels_by_key.get("train.seed", []))),
     ]
     for key, levels in levels_by_key.items():
         rows.append((html.code(key), _levels(levels)))
+    named = [f"{name} {version}" for name, version in versions.items()]
     rows += [
         ("Matched", MATCHES.get(match, match)),
-        ("Packs", _packs(definition.get("packs") or [])),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Packs", _packs(packs)),
+        ("Versions", ", ".join(named)),
         ("Commit", definition.get("git_commit") or "not known"),
     ]
-    devices = list(dict.fromkeys(frame["device"].dropna())) if "device" in frame else []
+    devices = _devices(frame)
     if devices:
         title = "Device" if len(devices) == 1 else "Devices"
-        rows.append((title, "; ".join(map(str, devices))))
+        rows.append((title, "; ".join(devices)))
     return table((), rows, "facts")
+
+
+def _devices(frame: pd.DataFrame) -> list[str]:
+    """Returns the devices that arms were trained on, each once."""
+    if "device" not in frame:
+        return []
+    known = frame["device"].dropna()
+    return list(map(str, dict.fromkeys(known)))
 
 
 def _swept(planned: Entries) -> dict[str, list[Any]]:
@@ -139,7 +151,8 @@ def _command(command: str) -> Markup:
 
 def _levels(levels: Sequence[Any]) -> Markup:
     shown = [level_name(level, MAX_LETTERS) for level in levels[:MAX_LEVELS]]
-    return html.render("sweep/levels", levels=shown, num_more=len(levels) - len(shown))
+    num_more = len(levels) - len(shown)
+    return html.render("sweep/levels", levels=shown, num_more=num_more)
 
 
 def _packs(packs: Sequence[Sequence[str]]) -> str:
@@ -175,17 +188,21 @@ def _alarms(frame: pd.DataFrame) -> Markup:
     arms_by_rule = _arms_by_rule(frame)
     if not arms_by_rule:
         return html.paragraph("No arm raised an alarm.")
-    most_first = sorted(arms_by_rule, key=lambda rule: -len(arms_by_rule[rule]))
+
+    def num_arms(rule: str) -> int:
+        return len(arms_by_rule[rule])
+
     rows = []
     found: set[str] = set()
-    for rule in most_first:
+    for rule in sorted(arms_by_rule, key=num_arms, reverse=True):
         arms = arms_by_rule[rule]
         rows.append((rule, str(len(arms)), _lines_of_code(arms)))
         found.update(arms)
     listed = table(("alarm", "arms", ""), rows, "events")
-    raised = f"{len(found)} of {count(len(frame), 'arm')} raised alarms."
-    is_open = len(found) <= MAX_OPEN
-    return html.paragraph(raised, "warning") + details("Which arms", listed, is_open=is_open)
+    num_found = len(found)
+    all_arms = count(len(frame), "arm")
+    raised = html.paragraph(f"{num_found} of {all_arms} raised alarms.", "warning")
+    return raised + details("Which arms", listed, is_open=num_found <= MAX_OPEN)
 
 
 def _arms_by_rule(frame: pd.DataFrame) -> dict[str, list[str]]:
@@ -193,11 +210,11 @@ def _arms_by_rule(frame: pd.DataFrame) -> dict[str, list[str]]:
     arms_by_rule: dict[str, list[str]] = {}
     if "alarm_rules" not in frame:
         return arms_by_rule
-    columns = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE)]
-    names = short_names(columns)
+    names = short_names(_columns_of(frame.columns, OVERRIDE))
     for row in frame.to_dict("records"):
         arm = _arm_in_words(row, names)
-        for rule in json.loads(row["alarm_rules"] or "[]"):
+        rules = json.loads(row["alarm_rules"] or "[]")
+        for rule in rules:
             arms = arms_by_rule.setdefault(str(rule), [])
             arms.append(arm)
     return arms_by_rule
@@ -213,7 +230,8 @@ def _arm_in_words(row: Mapping[Any, Any], names: Mapping[str, str]) -> str:
             levels.append(f"{name} {level_name(level)}")
     if not levels:
         return arm
-    return f"{arm} ({', '.join(levels)})"
+    listed = ", ".join(levels)
+    return f"{arm} ({listed})"
 
 
 def _lines_of_code(lines: Sequence[str]) -> Markup:
@@ -221,30 +239,53 @@ def _lines_of_code(lines: Sequence[str]) -> Markup:
 
 
 def _left_out(frame: pd.DataFrame, left_out: pd.DataFrame, planned: Entries) -> Markup:
-    reasons = {row["arm"]: str(row["reason"]) for row in left_out.to_dict("records")}
-    overrides = {entry["id"]: entry["overrides"] for entry in planned}
-    ended = set(frame["arm"])
-    for arm in overrides:
-        if arm not in ended:
-            reasons[arm] = "not ended"
+    """Returns a table of the arms that are not compared, with the reason of each."""
+    reasons = _reasons(frame, left_out, planned)
     if not reasons:
         return html.paragraph("None: every arm is done and compared.")
-    for row in frame.to_dict("records"):
-        if not overrides.get(row["arm"]):
-            overrides[row["arm"]] = _recorded_overrides(row)
+    overrides = _overrides_by_arm(frame, planned)
     rows = []
     for arm, reason in reasons.items():
         rows.append((html.code(arm), _overrides(overrides[arm]), reason))
     listed = table(("arm", "overrides", "why"), rows, "events")
-    if len(rows) > MAX_OPEN:
-        listed = details(f"All {len(rows)}", listed)
-    return html.paragraph(f"{count(len(rows), 'arm')}.") + listed
+    num_arms = len(rows)
+    if num_arms > MAX_OPEN:
+        listed = details(f"All {num_arms}", listed)
+    counted = count(num_arms, "arm")
+    return html.paragraph(f"{counted}.") + listed
+
+
+def _reasons(frame: pd.DataFrame, left_out: pd.DataFrame, planned: Entries) -> dict[str, str]:
+    """Returns why arms are not compared, by id: those that have ended, then the others."""
+    reasons = {row["arm"]: str(row["reason"]) for row in left_out.to_dict("records")}
+    ended = set(frame["arm"])
+    for entry in planned:
+        arm = entry["id"]
+        if arm not in ended:
+            reasons[arm] = "not ended"
+    return reasons
+
+
+def _overrides_by_arm(frame: pd.DataFrame, planned: Entries) -> dict[str, Mapping[str, Any]]:
+    """Returns what the sweep sets in each arm; what was recorded of arms that it does not know."""
+    overrides = {entry["id"]: entry["overrides"] for entry in planned}
+    for row in frame.to_dict("records"):
+        arm = row["arm"]
+        if not overrides.get(arm):
+            overrides[arm] = _recorded_overrides(row)
+    return overrides
 
 
 def _recorded_overrides(row: Mapping[Any, Any]) -> dict[str, Any]:
     """Returns the overrides in the row of an arm."""
-    columns = [str(name) for name in row if str(name).startswith(OVERRIDE)]
+    columns = _columns_of(row, OVERRIDE)
     return {name.removeprefix(OVERRIDE): row[name] for name in columns}
+
+
+def _columns_of(columns: Iterable[Any], prefix: str) -> list[str]:
+    """Returns the names that begin with a prefix, in order."""
+    names = map(str, columns)
+    return [name for name in names if name.startswith(prefix)]
 
 
 def _overrides(values: Mapping[str, Any]) -> Markup:

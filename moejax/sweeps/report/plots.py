@@ -1,7 +1,9 @@
 """The parts of a sweep's page that show settings as one: all settings at once, and fronts."""
 
+import itertools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,8 @@ import pandas as pd
 from moejax.inspection import html
 from moejax.inspection.html import Markup
 from moejax.inspection.report.page import figure, grid, table
-from moejax.sweeps.report.figures import Front, draw_front, draw_parallel
+from moejax.sweeps.report.figures import draw_parallel
+from moejax.sweeps.report.front_figure import Front, draw_front
 from moejax.sweeps.report.scale import level_name
 from moejax.sweeps.report.settings import METRICS, NUMBER, arms_in_words, mean_and_error, varies
 from moejax.sweeps.tables import key_of, loss_of, pareto_front
@@ -42,12 +45,8 @@ def parallel(settings: pd.DataFrame, axes: Names, is_one_seed: bool) -> Markup:
     loss = loss_of(settings)
     if not varies(settings[loss]):
         return html.paragraph("All settings have the same loss.")
-    loss_name = METRICS[loss][0]
-    shown = dict(list(axes.items())[:MAX_AXES])
-    best = settings.iloc[0]
-    at_best = ", ".join(f"{name} {level_name(best[axis])}" for axis, name in shown.items())
-    through = f"{', '.join(shown.values())} and {loss_name}"
-    alt = f"{len(settings)} settings as lines through {through}; setting 1: {at_best}"
+    loss_name, _ = METRICS[loss]
+    shown = dict(itertools.islice(axes.items(), MAX_AXES))
     known = settings[np.isfinite(settings[loss])]
     image = draw_parallel(known, shown, loss, loss_name)
     noise = "The table of settings says which of them are told apart from noise."
@@ -57,8 +56,24 @@ def parallel(settings: pd.DataFrame, axes: Names, is_one_seed: bool) -> Markup:
     ]
     if len(shown) < len(axes):
         reading.append(f"{len(shown)} of {len(axes)} axes are shown.")
-    kind = "wide true-colors"
-    return figure("Settings and their loss", " ".join(reading), image, alt=alt, kind=kind)
+    return figure(
+        "Settings and their loss",
+        " ".join(reading),
+        image,
+        alt=_parallel_in_words(settings, shown, loss_name),
+        kind="wide true-colors",
+    )
+
+
+def _parallel_in_words(settings: pd.DataFrame, shown: Names, loss_name: str) -> str:
+    """Says what `parallel` draws, and the levels of the best setting."""
+    best = settings.iloc[0]
+    levels = [f"{name} {level_name(best[axis])}" for axis, name in shown.items()]
+    at_best = ", ".join(levels)
+    names = ", ".join(shown.values())
+    return (
+        f"{len(settings)} settings as lines through {names} and {loss_name}; setting 1: {at_best}"
+    )
 
 
 def fronts(settings: pd.DataFrame, axes: Names, packs: str, is_one_seed: bool) -> Markup:
@@ -73,31 +88,54 @@ def fronts(settings: pd.DataFrame, axes: Names, packs: str, is_one_seed: bool) -
     if not axes:
         return html.paragraph(ONE_SETTING)
     loss = loss_of(settings)
+    has_loss = np.isfinite(settings[loss])
     drawn: list[Markup] = []
     tables: list[Markup] = []
     notes: list[str] = []
+    noise = ALL_MAY_BE_NOISE if is_one_seed else ""
     for metric in TRADED:
-        name = METRICS[metric][0]
-        known = settings[np.isfinite(settings[metric]) & np.isfinite(settings[loss])]
-        if not len(known):
-            notes.append(f"No setting has a {name}.")
-            continue
+        name, _ = METRICS[metric]
+        has_both = np.isfinite(settings[metric]) & has_loss
+        known = settings[has_both]
         num_without = len(settings) - len(known)
-        if num_without:
-            notes.append(f"Left out of a figure: {count(num_without, 'setting')} without {name}.")
+        notes += _notes_on_front(known[metric], name, num_without)
         if not varies(known[metric]):
-            value = mean_and_error(float(known[metric].iloc[0]), math.nan)
-            notes.append(f"All settings have the same {name}, {value}: there is nothing to trade.")
             continue
-        is_front = pareto_front(known, [loss, metric])
-        front = known[is_front].sort_values(metric, kind="stable")
-        noise = ALL_MAY_BE_NOISE if is_one_seed else ""
-        of_packs = packs if metric == STEP_TIME else ""
         traded = (loss, metric)
-        drawn.append(_draw_front(known, is_front, front, traded, notes=[noise, of_packs]))
+        is_front = pareto_front(known, list(traded))
+        front = known[is_front]
+        front = front.sort_values(metric, kind="stable")
+        of_packs = packs if metric == STEP_TIME else ""
+        image = _draw_front(known, is_front, front, traded, notes=[noise, of_packs])
+        drawn.append(image)
         listed = _front_table(front, axes, traded)
         tables.append(html.render("sweep/front", name=name, table=listed))
-    return html.render("sweep/fronts", notes=notes, figures=grid(drawn), tables=html.join(tables))
+    return html.render(
+        "sweep/fronts",
+        notes=notes,
+        figures=grid(drawn),
+        tables=html.join(tables),
+    )
+
+
+def _notes_on_front(values: pd.Series, name: str, num_without: int) -> list[str]:
+    """Says which settings a figure leaves out, or why there is no figure.
+
+    Args:
+      values: of the metric, in the settings that have it.
+      name: of the metric.
+      num_without: settings that lack it.
+    """
+    if values.empty:
+        return [f"No setting has a {name}."]
+    notes = []
+    if num_without:
+        left_out = count(num_without, "setting")
+        notes.append(f"Left out of a figure: {left_out} without {name}.")
+    if not varies(values):
+        value = mean_and_error(float(values.iloc[0]), math.nan)
+        notes.append(f"All settings have the same {name}, {value}: there is nothing to trade.")
+    return notes
 
 
 def _draw_front(
@@ -118,7 +156,8 @@ def _draw_front(
       notes: to add to how the figure reads; empty ones are left out.
     """
     loss, metric = traded
-    name, loss_name = METRICS[metric][0], METRICS[loss][0].capitalize()
+    name, _ = METRICS[metric]
+    loss_name, _ = METRICS[loss]
     errors = known[f"{loss}/se"]
     image = draw_front(
         Front(
@@ -137,22 +176,28 @@ def _draw_front(
     reading += [note for note in notes if note]
     listed = ", ".join(map(str, front[NUMBER]))
     alt = (
-        f"{loss_name} against {name} of {len(known)} settings; on the front are the settings "
-        f"{listed}"
+        f"{loss_name.capitalize()} against {name} of {len(known)} settings; on the front are the "
+        f"settings {listed}"
     )
     return figure(f"Loss against {name}", " ".join(reading), image, alt=alt)
 
 
 def _front_table(front: pd.DataFrame, axes: Names, traded: tuple[str, str]) -> Markup:
+    """Returns the settings that no other beats in both metrics, with their levels."""
     rows = []
     for row in front.to_dict("records"):
         cells = [str(row[NUMBER]), arms_in_words(row)]
         for axis in axes:
-            level = row[axis]
-            cells.append("" if key_of(level) is None else level_name(level))
+            cells.append(_level_or_empty(row[axis]))
         for metric in traded:
-            mean, error = row[metric], row[f"{metric}/se"]
+            mean = row[metric]
+            error = row[f"{metric}/se"]
             cells.append(mean_and_error(mean, error))
         rows.append(cells)
     metrics = [METRICS[metric][0] for metric in traded]
-    return table(["setting", "arms", *axes.values(), *metrics], rows, "numbers")
+    head = ["setting", "arms", *axes.values(), *metrics]
+    return table(head, rows, "numbers")
+
+
+def _level_or_empty(level: Any) -> str:
+    return "" if key_of(level) is None else level_name(level)

@@ -57,27 +57,25 @@ class Scale:
     def ticks(self) -> list[tuple[float, str]]:
         """Returns places and labels that do not overlap: those of the levels if there are few."""
         places = self.places(self.levels).tolist()
-        named = [level_name(level) for level in self.levels]
-        found = list(zip(places, named, strict=True))
+        names = map(level_name, self.levels)
+        of_levels = list(zip(places, names, strict=True))
         if self.kind == "categorical":
             step = math.ceil(len(places) / (2 * MAX_NAMED))
-            return found[::step]
-        if len(self.levels) > MAX_NAMED:
-            found = self._round_ticks(min(places), max(places))
-        gap = MIN_GAP * (max(places) - min(places))
-        kept = found[:1]
-        for place, name in found[1:]:
-            last, _ = kept[-1]
-            if place - last >= gap:
-                kept.append((place, name))
-        return kept
+            return of_levels[::step]
+        low = min(places)
+        high = max(places)
+        gap = MIN_GAP * (high - low)
+        if len(places) <= MAX_NAMED:
+            return _apart(of_levels, gap)
+        return _apart(self._round_ticks(low, high), gap)
 
     def _round_ticks(self, low: float, high: float) -> list[tuple[float, str]]:
         """Returns round numbers between two places."""
         if self.kind == "log":
             return [(place, level_name(10**place)) for place in _round_powers(low, high)]
+        locator = MaxNLocator(5)
         found = []
-        for value in MaxNLocator(5).tick_values(low, high):
+        for value in locator.tick_values(low, high):
             place = float(value)
             if low <= place <= high:
                 found.append((place, level_name(place)))
@@ -86,13 +84,28 @@ class Scale:
     def label(self, axis: Axis) -> None:
         """Puts the ticks on a figure's axis."""
         ticks = self.ticks()
-        axis.set_ticks([place for place, _ in ticks], labels=[name for _, name in ticks])
+        places = [place for place, _ in ticks]
+        names = [name for _, name in ticks]
+        axis.set_ticks(places, labels=names)
         axis.set_minor_locator(NullLocator())
+
+
+def _apart(ticks: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
+    """Returns the first tick, and then each that is no closer than a gap to the last one kept."""
+    kept: list[tuple[float, str]] = []
+    last = -math.inf
+    for place, name in ticks:
+        if place - last >= gap:
+            kept.append((place, name))
+            last = place
+    return kept
 
 
 def _round_powers(low: float, high: float) -> list[float]:
     """Returns logarithms of round numbers; more digits where the decades alone are few ticks."""
-    decades = range(math.floor(low), math.floor(high + ROUNDING) + 1)
+    first_decade = math.floor(low)
+    last_decade = math.floor(high + ROUNDING)
+    decades = range(first_decade, last_decade + 1)
     found: list[float] = []
     for digits in ((1,), (1, 3), (1, 2, 5)):
         found = []
@@ -113,15 +126,14 @@ def scale_of(values: Iterable[Any]) -> Scale:
 
 
 def _kind(levels: Sequence[Any]) -> str:
+    """Returns the kind of the scale that fits levels in order."""
     if not levels or not all(map(is_number, levels)):
         return "categorical"
-    lowest, highest = levels[0], levels[-1]
-    if lowest > 0:
-        return "log" if highest / lowest >= DECADE else "linear"
-    # Numbers that span decades and include 0 have no place on a logarithmic scale.
     positive = [level for level in levels if level > 0]
-    spans_decades = bool(positive) and highest / positive[0] >= DECADE
-    return "categorical" if spans_decades else "linear"
+    if not positive or positive[-1] / positive[0] < DECADE:
+        return "linear"
+    # Numbers that span decades and include 0 have no place on a logarithmic scale.
+    return "log" if len(positive) == len(levels) else "categorical"
 
 
 def level_name(level: Any, most: int = MAX_LETTERS) -> str:

@@ -33,14 +33,19 @@ ROUNDING = 1e-9  # of a value: means of equal values differ by less
 
 def short_names(axes: Sequence[str]) -> dict[str, str]:
     """Returns names of columns of axes: the leaf, with its section where two have the same leaf."""
-    keys = [axis.removeprefix(OVERRIDE) for axis in axes]
-    leaves = [key.rpartition(".")[2] for key in keys]
-    num_axes = collections.Counter(leaves)
+    num_axes = collections.Counter(map(_leaf, axes))
     names = {}
-    for axis, key, leaf in zip(axes, keys, leaves, strict=True):
+    for axis in axes:
+        leaf = _leaf(axis)
         is_unique = num_axes[leaf] == 1
-        names[axis] = leaf if is_unique else key
+        names[axis] = leaf if is_unique else axis.removeprefix(OVERRIDE)
     return names
+
+
+def _leaf(axis: str) -> str:
+    key = axis.removeprefix(OVERRIDE)
+    _, _, leaf = key.rpartition(".")
+    return leaf
 
 
 def numbered_settings(
@@ -61,21 +66,32 @@ def numbered_settings(
       there were to be.
     """
     settings = settings_of(compared, metrics)
+    settings[PLANNED] = _planned_arms(settings, planned)
+    losses = settings[loss_of(compared)]
+    order = np.lexsort((losses, is_partial(settings)))  # the last key is the first to sort by
+    settings = settings.iloc[order]
+    settings = settings.reset_index(drop=True)
+    numbers = range(1, len(settings) + 1)
+    settings.insert(0, NUMBER, numbers)
+    return settings
+
+
+def _planned_arms(settings: pd.DataFrame, planned: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Returns for each setting how many arms there were to be, at least those that there are."""
     num_planned = collections.Counter(setting_key(entry["overrides"]) for entry in planned)
     counts = []
     for row in settings.to_dict("records"):
+        num_arms = len(row["arms"])
         key = setting_key(_overrides(row))
-        counts.append(max(len(row["arms"]), num_planned[key]))
-    settings[PLANNED] = counts
-    order = np.lexsort((settings[loss_of(compared)], is_partial(settings)))
-    settings = settings.iloc[order].reset_index(drop=True)
-    settings.insert(0, NUMBER, range(1, len(settings) + 1))
-    return settings
+        counts.append(max(num_arms, num_planned[key]))
+    return counts
 
 
 def is_partial(settings: pd.DataFrame) -> np.ndarray:
     """Returns for each setting whether some of its arms are not compared."""
-    return (settings[PLANNED] > settings["arms"].map(len)).to_numpy(bool)
+    num_arms = settings["arms"].map(len)
+    has_missing = settings[PLANNED] > num_arms
+    return has_missing.to_numpy(bool)
 
 
 def _overrides(row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -108,9 +124,11 @@ def constants_in_words(table: pd.DataFrame, metrics: Collection[str], rows: str)
         if metric not in metrics or metric not in table:
             continue
         values = table[metric].dropna()
-        if not len(values) or varies(values):
+        if values.empty or varies(values):
             continue
-        said = f"{METRICS[metric][0]} {value_in_words(metric, float(values.iloc[0]))}"
+        name, _ = METRICS[metric]
+        value = value_in_words(metric, float(values.iloc[0]))
+        said = f"{name} {value}"
         if len(values) == len(table):
             in_all.append(said)
         else:
@@ -137,9 +155,7 @@ def reference_setting(
     """
     dense = [row for row in rows if is_dense(row)]
     candidates = dense or rows
-    place_of = {}
-    for place, entry in enumerate(planned):
-        place_of[entry["id"]] = place
+    place_of = {entry["id"]: place for place, entry in enumerate(planned)}
     last = len(place_of)
 
     def first_place(row: Mapping[Any, Any]) -> int:
@@ -157,7 +173,10 @@ def is_dense(row: Mapping[Any, Any]) -> bool:
 def arms_in_words(row: Mapping[Any, Any]) -> str:
     """Says of how many arms a setting is the mean: `3`, or `1 of 3` if not all are compared."""
     num_arms = len(row["arms"])
-    return str(num_arms) if num_arms == row[PLANNED] else f"{num_arms} of {row[PLANNED]}"
+    num_planned = row[PLANNED]
+    if num_arms == num_planned:
+        return str(num_arms)
+    return f"{num_arms} of {num_planned}"
 
 
 def pack_note(compared: pd.DataFrame) -> str:
@@ -185,13 +204,15 @@ def difference_in_words(difference: Difference) -> str:
     """
     if not difference.num_pairs:
         return ""
+    mean = difference.mean
     if math.isnan(difference.se):
-        return _signed(difference.mean, 3)
-    if difference.se <= ROUNDING * abs(difference.mean):
-        return f"{_signed(difference.mean, 4)} (in every seed)"
-    places = _places(difference.high - difference.mean)
-    mean = f"{difference.mean:+,.{places}f}"
-    return f"{mean} ({difference.low:+,.{places}f} to {difference.high:+,.{places}f})"
+        return _signed(mean, 3)
+    if _is_rounding(difference.se, mean):
+        return f"{_signed(mean, 4)} (in every seed)"
+    places = _places(difference.high - mean)
+    low = f"{difference.low:+,.{places}f}"
+    high = f"{difference.high:+,.{places}f}"
+    return f"{mean:+,.{places}f} ({low} to {high})"
 
 
 def value_in_words(metric: str, mean: float, error: float = math.nan) -> str:
@@ -204,13 +225,18 @@ def mean_and_error(mean: float, error: float) -> str:
 
     The mean is alone if there is no error, or the seeds agree except for rounding.
     """
-    has_no_error = math.isnan(error) or error <= ROUNDING * abs(mean)
-    if has_no_error and abs(mean) >= 10_000:
+    has_error = not math.isnan(error) and not _is_rounding(error, mean)
+    if has_error:
+        places = _places(error)
+        return f"{mean:,.{places}f} ± {error:,.{places}f}"
+    if abs(mean) >= 10_000:
         return f"{mean:,.0f}"
-    if has_no_error:
-        return f"{_rounded(mean, 4):g}"
-    places = _places(error)
-    return f"{mean:,.{places}f} ± {error:,.{places}f}"
+    return f"{_rounded(mean, 4):g}"
+
+
+def _is_rounding(error: float, mean: float) -> bool:
+    """Returns whether an error is no more than equal values differ by."""
+    return error <= ROUNDING * abs(mean)
 
 
 def _signed(value: float, digits: int) -> str:
@@ -225,4 +251,5 @@ def _places(error: float) -> int:
     """Returns how many decimal places show two digits of an error."""
     if not math.isfinite(error):  # of values near the largest that a float holds
         return 0
-    return min(6, max(0, 1 - math.floor(math.log10(error))))
+    decade = math.floor(math.log10(error))  # of the first digit; the second is one place on
+    return min(6, max(0, 1 - decade))

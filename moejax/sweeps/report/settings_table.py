@@ -123,8 +123,11 @@ def _metric_column(rows: Sequence[Row], metric: str) -> Column:
 
 
 def _metric_cell(row: Row, metric: str) -> Cell:
-    mean, error = float(row[metric]), float(row[f"{metric}/se"])
-    return Cell() if math.isnan(mean) else Cell(value_in_words(metric, mean, error), mean)
+    mean = float(row[metric])
+    error = float(row[f"{metric}/se"])
+    if math.isnan(mean):
+        return Cell()
+    return Cell(value_in_words(metric, mean, error), mean)
 
 
 def _difference_column(
@@ -157,10 +160,13 @@ def _matched_column(rows: Sequence[Row], compared: pd.DataFrame, name: str) -> C
     for row in rows:
         levels = levels_of(of_arm[arm] for arm in row["arms"])
         if len(levels) == 1:
-            cells.append(_level_cell(levels[0]))
+            cell = _level_cell(levels[0])
         else:
-            cells.append(Cell(", ".join(map(level_name, levels))))
-    return Head(name.removeprefix(MATCHED), "matched"), cells
+            names = map(level_name, levels)
+            cell = Cell(", ".join(names))
+        cells.append(cell)
+    leaf = name.removeprefix(MATCHED)
+    return Head(leaf, "matched"), cells
 
 
 def _level_cell(level: Any) -> Cell:
@@ -168,12 +174,14 @@ def _level_cell(level: Any) -> Cell:
         return Cell()
     if not is_number(level):
         return Cell(str(level))
-    return Cell(f"{level:g}" if isinstance(level, float) else str(level), level)
+    text = f"{level:g}" if isinstance(level, float) else str(level)
+    return Cell(text, level)
 
 
 def _told_apart(reference: Row, rows: Sequence[Row], differences: Sequence[Difference]) -> str:
     """Says how many settings differ from the reference by more than seeds do."""
-    number, num_others = reference[NUMBER], len(rows) - 1
+    number = reference[NUMBER]
+    num_others = len(rows) - 1
     kind = "the dense control" if is_dense(reference) else "the first of the sweep that is compared"
     what = f"Differences are from setting {number}, {kind}"
     num_seeds = []
