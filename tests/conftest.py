@@ -23,6 +23,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # session, too.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="moejax-tests-state-")
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -36,6 +37,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(100_000, 50, 50)
 
 install_import_hook("moejax", "strict_types.check")
+
+
+# A busy machine draws slowly, and is no reason to fail.
+hypothesis.settings.register_profile(
+    "here", suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("here")
 
 
 @pytest.fixture(autouse=True)
