@@ -46,8 +46,16 @@ def expected_loss_by_domain(config, logits):
     return {domain: nats[domain] / number[domain] for domain in nats}, number
 
 
-@pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "expert": 2}], ids=str)
-@pytest.mark.parametrize("num_experts", [0, 4])
+@pytest.mark.parametrize(
+    ("num_experts", "mesh"),
+    [
+        (0, {"data": 1}),
+        (4, {"data": 2, "expert": 2}),
+        pytest.param(4, {"data": 1}, marks=pytest.mark.slow),
+        pytest.param(0, {"data": 2, "expert": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num_experts):
     config = cases.small_config(
         mesh=mesh, moe={"num_experts": num_experts}, model={"num_layers": 1}

@@ -90,9 +90,10 @@ def test_blocks_on_a_mesh_equal_one_device(by_document, mesh, document):
 
 @pytest.mark.parametrize(
     ("mesh", "num_devices"),
-    [({"data": 2}, 4), pytest.param({}, 1, marks=pytest.mark.slow)],
+    [({"data": 2}, 4), ({}, 1)],
     ids=["apart", "together"],
 )
+@pytest.mark.slow
 def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(
     by_document, mesh, num_devices
 ):

@@ -233,11 +233,19 @@ def killed(folder, stopped):
         return workdir, codes, errors, time.monotonic() - since
 
 
-@pytest.fixture(scope="module", params=["stopped", pytest.param("killed", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "straight",
+        pytest.param("stopped", marks=pytest.mark.slow),
+        pytest.param("killed", marks=pytest.mark.slow),
+    ],
+)
 def finished(folder, request):
-    """The same run finished by two processes again, which the launcher started."""
-    before = request.getfixturevalue(request.param)[0]
-    workdir = copy_of(before, folder / f"finished-{request.param}")
+    """The same run by two processes, which the launcher started: without a stop, or after one."""
+    workdir = folder / f"finished-{request.param}"
+    if request.param != "straight":
+        copy_of(request.getfixturevalue(request.param)[0], workdir)
     jobs = folder / f"slurm-{request.param}"
     options = [
         "--cluster=local",
@@ -255,6 +263,7 @@ def finished(folder, request):
     return workdir, done.stdout, logs
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_saved_step(stopped):
     workdir, codes, _, errors = stopped
     assert codes == [0, 0], errors
@@ -263,6 +272,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_saved_step(stopped):
     assert json.loads((workdir / "config.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
 def test_only_process_0_logs_what_is_the_same_in_all_processes(stopped):
     _, _, outputs, errors = stopped
     assert outputs == ["", ""]

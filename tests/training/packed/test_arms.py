@@ -294,6 +294,7 @@ def test_arms_that_are_beyond_their_last_step_report_their_losses(packed, tmp_pa
         assert lines_of(folders[arm]) == lines_of(workdirs[arm])
 
 
+@pytest.mark.slow
 def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
     leaves = {
         "num_steps": 12,
