@@ -181,6 +181,7 @@ def compare_manifests(
     Raises:
       CheckpointError: an array is missing, unknown, or of another shape or dtype; names the first.
     """
+    _check_names(saved, expected, folder)
     for name in (*expected, *saved):
         if saved.get(name) != expected.get(name):
             raise CheckpointError(
@@ -188,6 +189,20 @@ def compare_manifests(
                 f"{_describe(expected.get(name))} in the model; use the configuration of the run, "
                 "or another --workdir"
             )
+
+
+def _check_names(saved: Mapping[str, Any], expected: Mapping[str, Any], folder: str | Path) -> None:
+    """Raises `CheckpointError` where the arrays are those of the model, under other names."""
+    unknown = [name for name in saved if name not in expected]
+    absent = [name for name in expected if name not in saved]
+    sizes_of_unknown = sorted(_describe(saved[name]) for name in unknown)
+    sizes_of_absent = sorted(_describe(expected[name]) for name in absent)
+    if unknown and sizes_of_unknown == sizes_of_absent:
+        raise CheckpointError(
+            f"{folder} was saved by a version that names arrays differently: it has {unknown[0]}, "
+            f"and the model has {absent[0]}; use the version that trained it (config.json names "
+            "its git commit), or train again in another --workdir"
+        )
 
 
 def compare_digests(saved: Mapping[str, str], found: Mapping[str, str]) -> None:

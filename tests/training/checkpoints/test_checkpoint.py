@@ -92,6 +92,24 @@ def test_another_dtype_is_refused():
         compare_manifests(saved, {"params/w": {"shape": [2], "dtype": "float32"}}, "folder")
 
 
+def test_arrays_that_another_version_named_differently_are_refused_as_such():
+    def entries(*names):
+        return {name: {"shape": [2, size], "dtype": "float32"} for size, name in enumerate(names)}
+
+    words = (
+        r"folder was saved by a version that names arrays differently: it has params/into_latent, "
+        r"and the model has params/latent_down; use the version that trained it"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        compare_manifests(
+            entries("params/w", "params/into_latent"),
+            entries("params/w", "params/latent_down"),
+            "folder",
+        )
+    with pytest.raises(CheckpointError, match="params/b is absent in the checkpoint"):
+        compare_manifests(entries("params/a"), entries("params/w", "params/b"), "folder")
+
+
 def test_another_tokenizer_is_refused(saved, tmp_path):
     config, workdir, _ = saved
     shutil.copytree(workdir, tmp_path / "run")
