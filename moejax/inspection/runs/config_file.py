@@ -1,7 +1,6 @@
 """Reads `config.json`, which says what a run trains, and checks what readers of a run rely on."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from moejax.inspection.runs.errors import RunError, missing_file, unreadable_file
@@ -12,14 +11,15 @@ KEYS = ("config", "versions", "git_commit", "device", "command", "parameters")
 REMEDY = "restore it, or start the run's `moejax train` command again: it rewrites the file"
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(run: RunDirectory) -> dict[str, Any]:
     """Returns the object of a `config.json`, with everything of `KEYS` in it.
 
     Raises:
       RunError: the file is missing or damaged, or may not be read.
     """
+    path = run.config
     try:
-        facts = RunDirectory(path.parent).read_facts()
+        facts = run.read_facts()
     except FileNotFoundError as error:
         raise missing_file(path) from error
     except OSError as error:

@@ -13,17 +13,16 @@ Series: TypeAlias = dict[str, tuple["array[int]", "array[float]"]]
 """Steps and values of each metric, eight bytes a number; Python objects would need a hundred."""
 
 
-def read_series(path: Path) -> Series:
+def read_series(run: RunDirectory) -> Series:
     """Reads a whole file; see `Run.series` for steps that a resumed run wrote again.
-
-    A last line that a crash cut off is left out.
 
     Raises:
       RunError: the file is missing or damaged, or may not be read.
     """
+    path = run.metrics
     series: Series = {}
     try:
-        for line in RunDirectory(path.parent).read_metrics():
+        for line in run.read_metrics():
             add_values(series, line, path)
     except FileNotFoundError as error:
         raise missing_file(path) from error

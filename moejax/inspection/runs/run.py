@@ -21,8 +21,8 @@ from moejax.inspection.runs.config_file import EXPERT_KINDS, read_config_file
 from moejax.inspection.runs.errors import RunError
 from moejax.inspection.runs.metrics_file import Series, read_series
 from moejax.inspection.runs.names import arm_name
-from moejax.paths import is_number, resolve_path
-from moejax.training.run_directory.reader import RunTreeError, check_run_tree
+from moejax.paths import resolve_path
+from moejax.training.run_directory.reader import RunDirectory, RunTreeError, check_run_tree
 from moejax.training.run_directory.routing_log import RoutingHistory, read_routing
 
 if TYPE_CHECKING:  # imported where they are needed: a run opens without them
@@ -168,12 +168,12 @@ class Run:
     @functools.cached_property
     def _series(self) -> Series:
         """Steps and values of each metric; a warning if they are not those that were written."""
-        path = self.workdir / "metrics.jsonl"
-        series = read_series(path)
+        files = RunDirectory(self.workdir)
+        series = read_series(files)
         if self.checkpoints:
             from moejax.training.checkpoints.meta import warn_of_changed_metrics
 
-            warn_of_changed_metrics(path)
+            warn_of_changed_metrics(files.metrics)
         return series
 
     @functools.cached_property
@@ -197,10 +197,7 @@ class Run:
     @property
     def checkpoints(self) -> tuple[int, ...]:
         """Saved steps, oldest first."""
-        folders = (self.workdir / "checkpoints").glob("*")
-        # A checkpoint has a number for a name once it is complete.
-        complete = [folder for folder in folders if is_number(folder.name) and folder.is_dir()]
-        return tuple(sorted(int(folder.name) for folder in complete))
+        return tuple(RunDirectory(self.workdir).saved_steps())
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -294,7 +291,7 @@ def open_run(workdir: str | Path) -> Run:
         check_run_tree(workdir)
     except RunTreeError as error:
         raise RunError(str(error)) from error
-    facts = read_config_file(workdir / "config.json")
+    facts = read_config_file(RunDirectory(workdir))
     return Run(
         workdir=workdir,
         name=workdir.name,

@@ -4,6 +4,7 @@
 ended, and no more bytes than it is allowed; the rest waits for the next poll.
 """
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from moejax.inspection.runs.errors import RunError
 from moejax.inspection.runs.metrics_file import Series, add_values
 from moejax.inspection.runs.paths import open_file
-from moejax.training.run_directory.line_file import decode_line
+from moejax.training.run_directory.line_file import Line, read_lines
 
 MAX_LINE = 2**20  # bytes: what is longer is no line of metrics
 TAIL_BYTES = 128  # compared to tell a file that grew from one that was written again
@@ -47,7 +49,7 @@ class MetricsReader:
     def read_on(self, max_bytes: int) -> int:
         """Reads what was appended; all of it again if a resumed run has written the file again.
 
-        A last line without its end is left for the next poll.
+        A last line that is not complete is left for the next poll, see `read_lines`.
 
         Args:
           max_bytes: to read at most.
@@ -70,22 +72,24 @@ class MetricsReader:
             block = file.read(max_bytes)
             self.is_behind = len(block) == max_bytes and len(file.read(1)) == 1
         num_bytes = len(block)
-        end = block.rfind(b"\n") + 1  # of the last complete line
+        end = self._add_lines(block)
         if self.is_behind and not end and num_bytes >= MAX_LINE:
-            self._note(f"has no end within {num_bytes:,} bytes")
+            self._note(1, f"has no end within {num_bytes:,} bytes")
             self.is_behind = False
         self._seen = now
-        self._add_lines(block[:end])
+        self._offset += end
+        read = self._tail + block[:end]
+        self._tail = read[-TAIL_BYTES:]
         return num_bytes
 
-    def _add_lines(self, lines: bytes) -> None:
-        """Adds complete lines, and keeps where the next ones begin."""
-        for line in lines.splitlines():
-            self._num_lines += 1
+    def _add_lines(self, block: bytes) -> int:
+        """Reads what was appended; returns the end of the last line that is complete."""
+        num_lines = end = 0
+        for line in read_lines(io.BytesIO(block)):
             self._add(line)
-        self._offset += len(lines)
-        read = self._tail + lines
-        self._tail = read[-TAIL_BYTES:]
+            num_lines, end = line.number, line.end
+        self._num_lines += num_lines
+        return end
 
     def last(self, key: str) -> float | None:
         """Returns the newest value of a metric; None if no line has it."""
@@ -113,19 +117,23 @@ class MetricsReader:
         file.seek(self._offset - num_bytes)
         return file.read(num_bytes) == self._tail
 
-    def _add(self, line: bytes) -> None:
-        if not line.strip():
-            return
-        try:
-            values = decode_line(line)
-            if values is None:
-                raise ValueError("no integer `step`")
-            add_values(self.series, values, self._path)
-        except (ValueError, RecursionError) as error:
-            self._note(f"is damaged ({error})")
+    def _add(self, line: Line) -> None:
+        fault = line.fault
+        if line.values is not None:
+            try:
+                add_values(self.series, line.values, self._path)
+            except RunError as error:
+                fault = str(error)
+        if fault:
+            self._note(line.number, f"is damaged ({fault})")
 
-    def _note(self, what: str) -> None:
-        """Keeps what is wrong with the first damaged line."""
+    def _note(self, number: int, what: str) -> None:
+        """Keeps what is wrong with the first damaged line.
+
+        Args:
+          number: of the line, among those after the last that was read.
+          what: is wrong.
+        """
         if not self.problem:
-            line = max(self._num_lines, 1)
+            line = self._num_lines + number
             self.problem = f"{self._path}: line {line} {what}; delete that line"

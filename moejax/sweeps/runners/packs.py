@@ -29,12 +29,13 @@ from moejax.sweeps.store.records import read_records, record_of, write_record
 from moejax.training.checkpoints.meta import saved_steps
 from moejax.training.health.alarms import AlarmError
 from moejax.training.health.nonfinite import NonFiniteError
+from moejax.training.health.speed import ARMS, SPEED
 from moejax.training.loop import train
 from moejax.training.multihost.signals import StopSignals
 from moejax.training.packed.arms import devices_of_arm
 from moejax.training.packed.train import train_packed
 from moejax.training.run import TrainResult
-from moejax.training.run_directory.line_file import parse_line
+from moejax.training.run_directory.reader import RunDirectory
 
 WAIT_S = 1.0
 """Seconds between two attempts to take packs that other processes hold."""
@@ -261,24 +262,27 @@ def training_seconds(workdir: Path) -> Seconds | None:
     arms in the pack. Lines that are damaged or cut off, and intervals in which nothing was
     predicted, say nothing about time.
     """
-    path = workdir / "metrics.jsonl"
-    if not path.is_file():
+    run = RunDirectory(workdir)
+    if not run.metrics.is_file():
         return None
-    wall_s, step_seconds, arms = 0.0, [], 1
+    wall_s, arms = 0.0, 1
+    step_seconds = []
     last_tokens, last_step = 0.0, 0
-    for line in map(parse_line, path.read_bytes().splitlines()):
-        if not line:
+    for line in run.metric_lines():
+        values = line.values
+        if values is None or values["step"] <= last_step:
             continue
-        tokens = _number(line, "tokens")
-        rate = _number(line, "perf/tokens_per_s")
-        if tokens is None or rate is None or line["step"] <= last_step:
+        tokens = _number(values, "tokens")
+        rate = _number(values, SPEED)
+        if tokens is None or rate is None:
             continue
         if tokens > last_tokens and rate > 0:
-            arms = _num_arms(line)
+            arms = _num_arms(values)
             seconds = (tokens - last_tokens) / rate / arms
-            step_seconds.append(seconds / (line["step"] - last_step))
+            num_steps = values["step"] - last_step
+            step_seconds.append(seconds / num_steps)
             wall_s += seconds
-        last_tokens, last_step = tokens, line["step"]
+        last_tokens, last_step = tokens, values["step"]
     if not step_seconds:
         return None
     return Seconds(wall_s, statistics.median(step_seconds), arms)
@@ -286,7 +290,7 @@ def training_seconds(workdir: Path) -> Seconds | None:
 
 def _num_arms(line: Mapping[str, Any]) -> int:
     """Returns the number of arms in the pack that a line logs; 1 where it has none."""
-    arms = line.get("perf/arms")
+    arms = line.get(ARMS)
     return arms if type(arms) is int and arms > 0 else 1
 
 

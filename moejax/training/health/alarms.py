@@ -5,6 +5,7 @@ each rule holds in, so that a condition that lasts is reported once when it begi
 ends. A rule in `alarms.stop` saves the run and ends it.
 """
 
+import io
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 from moejax.config import Config
 from moejax.training.health.alarm_rules import Alarm, check
 from moejax.training.health.telemetry import RoutingInterval
-from moejax.training.run_directory.line_file import LineFile, parse_line
+from moejax.training.run_directory.line_file import LineFile, read_lines
 
 FILE = "alarms.jsonl"
 
@@ -209,13 +210,13 @@ def read_alarms(workdir: str | Path) -> list[dict[str, Any]]:
             f"{path} cannot be read ({error.strerror}); give this user the right to read it"
         ) from error
     lines: list[dict[str, Any]] = []
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        values = parse_line(line)
-        fault = "no JSON object with a step" if values is None else _fault(values)
-        if fault and not line.endswith(b"\n"):
-            break
+    for line in read_lines(io.BytesIO(content)):
+        values = line.values
+        fault = line.fault if values is None else _fault(values)
         if values is None or fault:
-            raise AlarmFileError(f"{path}: line {number} is damaged ({fault}); delete that line")
+            raise AlarmFileError(
+                f"{path}: line {line.number} is damaged ({fault}); delete that line"
+            )
         lines.append(values)
     return lines
 

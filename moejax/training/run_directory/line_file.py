@@ -7,11 +7,12 @@ computes depends on it.
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from moejax.paths import replace_file
 
@@ -111,14 +112,12 @@ class LineFile:
     def _keep(self, content: bytes, after_step: int, is_line: Callable[[Any], bool]) -> bytes:
         """Returns the bytes of the lines up to a step, without damaged ones."""
         kept = []
-        for line in content.splitlines(keepends=True):
-            if not line.endswith(b"\n"):  # the last, which a crash has cut off
-                break
-            values = parse_line(line)
+        for line in read_lines(io.BytesIO(content)):
+            values = line.values
             if values is None or not is_line(values):
                 self._num_damaged += 1
             elif values["step"] <= after_step:
-                kept.append(line)
+                kept.append(line.text)
                 self.lines.append(values)
         return b"".join(kept)
 
@@ -130,11 +129,9 @@ def _is_kept_as_noted(kept: bytes, noted: Mapping[str, Any], after_step: int) ->
     """
     if not _begins_as_noted(kept, noted):
         return False
-    for line in kept[noted["bytes"] :].splitlines():
-        values = parse_line(line)
-        if values is None or values["step"] != after_step:
-            return False
-    return True
+    later = io.BytesIO(kept[noted["bytes"] :])
+    steps = {line.values["step"] for line in read_lines(later) if line.values is not None}
+    return steps <= {after_step}
 
 
 def _state(num_bytes: int, digest: "hashlib.blake2b") -> dict[str, Any]:
@@ -160,20 +157,49 @@ def _begins_as_noted(content: bytes, noted: Any) -> bool:
     return _state(len(beginning), digest) == noted
 
 
-def decode_line(line: bytes) -> dict[str, Any] | None:
-    """Returns the object of a line; None if it is JSON, but not an object with an integer `step`.
+class Line(NamedTuple):
+    """A line of a file.
 
-    Raises:
-      ValueError, RecursionError: the line is not JSON.
+    Attributes:
+      number: from 1.
+      end: how many bytes of the file there are up to its end.
+      text: its bytes, with a line break at the end.
+      values: its JSON object, which has an integer `step`; None if it is damaged.
+      fault: what is wrong with it; empty if nothing is.
     """
-    values = json.loads(line.decode())
-    has_step = isinstance(values, dict) and type(values.get("step")) is int
-    return values if has_step else None
+
+    number: int
+    end: int
+    text: bytes
+    values: dict[str, Any] | None
+    fault: str
 
 
-def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Returns the object of a line; None if it is damaged, or cut off by a crash."""
-    try:
-        return decode_line(line)
-    except (ValueError, RecursionError):
-        return None
+def read_lines(texts: Iterable[bytes]) -> Iterator[Line]:
+    """Yields the lines of a file, except empty ones and a last one that a crash has cut off.
+
+    That is a last line that is not JSON. No beginning of a JSON object is JSON itself, so that a
+    line of which only the line break is missing is known to be complete.
+
+    Args:
+      texts: what an open file yields.
+    """
+    doubtful: Line | None = None  # it is damaged if another one follows, or else cut off
+    end = 0
+    for number, text in enumerate(texts, start=1):
+        end += len(text)
+        if not text.strip():
+            continue
+        if doubtful is not None:
+            yield doubtful
+            doubtful = None
+        text = text.removesuffix(b"\n") + b"\n"
+        try:
+            values = json.loads(text.decode())
+        except (ValueError, RecursionError) as error:
+            doubtful = Line(number, end, text, None, str(error))
+            continue
+        if isinstance(values, dict) and type(values.get("step")) is int:
+            yield Line(number, end, text, values, "")
+        else:
+            yield Line(number, end, text, None, "not a JSON object with an integer `step`")

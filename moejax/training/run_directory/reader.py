@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.paths import is_number
-from moejax.training.run_directory.line_file import decode_line
+from moejax.training.run_directory.line_file import Line, read_lines
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -47,31 +47,26 @@ class RunDirectory:
         """
         return json.loads(self.config.read_bytes().decode())
 
-    def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """Yields the objects of the lines of `metrics.jsonl`.
-
-        A last line that is not JSON is left out: a crash has cut it off.
+    def metric_lines(self) -> Iterator[Line]:
+        """Yields the lines of `metrics.jsonl`, damaged ones too; see `read_lines`.
 
         Raises:
           OSError: the file is missing, or cannot be read.
-          LineError: another line is damaged.
         """
-        torn: LineError | None = None
         with self.metrics.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if torn and line.strip():
-                    raise torn
-                if torn:
-                    continue
-                try:
-                    values = decode_line(line)
-                except (ValueError, RecursionError) as error:
-                    torn = LineError(f"line {number} is damaged ({error})")
-                    torn.__cause__ = error
-                    continue
-                if values is None:
-                    raise LineError(f"line {number} must be a JSON object with an integer `step`")
-                yield values
+            yield from read_lines(file)
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """Yields the objects of the lines of `metrics.jsonl`.
+
+        Raises:
+          OSError: the file is missing, or cannot be read.
+          LineError: a line is damaged.
+        """
+        for line in self.metric_lines():
+            if line.values is None:
+                raise LineError(f"line {line.number} is damaged ({line.fault})")
+            yield line.values
 
     def saved_steps(self) -> list[int]:
         """Returns the steps that have an entry in `checkpoints`, increasing.

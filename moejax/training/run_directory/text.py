@@ -8,7 +8,6 @@ never used.
 """
 
 import dataclasses
-import json
 import logging
 import os
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 
 from moejax.config import DataConfig
 from moejax.data import Corpus, DataError, Tokenizer, find_rows, prepare
-from moejax.data.storage.regular_files import read_regular
 from moejax.training.run_directory.layout import read_config
+from moejax.training.run_directory.reader import RunDirectory
 from moejax.training.run_directory.text_record import is_signed, signed_text
 
 PLACES_OF_SOURCE = {"files": "files", "tfds": "source_dir"}
@@ -70,7 +69,7 @@ def open_run_corpus(
     workdir = Path(workdir)
     given = (places or TextPlaces()).said()
     config_data = read_config(workdir).data
-    record = json.loads(read_regular(workdir / "config.json"))
+    record = RunDirectory(workdir).read_facts()
     corpus = record.get("corpus")
     if not isinstance(corpus, str):
         raise DataError(

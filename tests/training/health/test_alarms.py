@@ -28,6 +28,7 @@ from moejax.training.health.alarms import (
 )
 from moejax.training.health.telemetry import LAYER_METRICS, RoutingInterval
 from moejax.training.loop import train
+from moejax.training.multihost.signals import StopSignals
 
 N, E, K = 3, 8, 2
 CONFIG = resolve(
@@ -278,10 +279,12 @@ def test_a_rule_that_stops_a_run_saves_it_and_lets_it_go_on_without_the_rule(
         # A router that learns anything falls below the entropy of a uniform one.
         "alarms": {"entropy": 1.0, "collapse": 0.0, "stop": "entropy"},
     }
+    stop = StopSignals()
     with pytest.raises(
         AlarmError, match=r"entropy in layer 0: .* saved step \d+; take entropy out of alarms\.stop"
     ):
-        train(resolve(sections), tmp_path / "run")
+        train(resolve(sections), tmp_path / "run", stop=stop)
+    assert not stop  # it is the caller's, whose other runs go on
     # Of several processes none waits for the disk once the error is raised.
     last_save = len(calls) - 1 - calls[::-1].index("save")
     assert calls[last_save:][:3] == ["save", "wait", "raise_on_all"]

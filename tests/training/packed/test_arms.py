@@ -267,6 +267,10 @@ def test_a_pack_reports_which_checkpoints_of_its_arms_are_lost(packed, tmp_path,
     lost = "has metrics and no checkpoint: the run begins at step 0"
     assert sum(lost in message for message in messages) == 2
     assert not any("is removed" in message for message in messages)
+    # What a stop before the first step has saved is no reason to refuse an arm without it.
+    assert [saved_steps(folder) for folder in folders] == [[0], [0]]
+    shutil.rmtree(folders[0] / "checkpoints")
+    assert not any("continuing" in text for text in resume_and_stop(configs[:2], folders, caplog))
 
 
 def test_a_pack_reports_which_checkpoints_of_its_arms_it_removes(packed, tmp_path, caplog):

@@ -27,7 +27,8 @@ def test_a_damaged_line_before_another_is_named(tmp_path, line):
 
 @pytest.mark.parametrize("line", [b"[1]", b"{}", b'{"step": "1"}'])
 def test_a_line_that_is_not_an_object_with_a_step_is_named(tmp_path, line):
-    with pytest.raises(LineError, match="line 1 must be a JSON object with an integer `step`"):
+    message = "line 1 is damaged .not a JSON object with an integer `step`."
+    with pytest.raises(LineError, match=message):
         metrics_of(tmp_path, line)
 
 
