@@ -59,11 +59,11 @@ def _strongest_pair(pairs_EE: np.ndarray) -> str:
     strongest = int(ratio_EE.argmax())
     i, j = np.unravel_index(strongest, ratio_EE.shape)
     (shares_EE,) = coactivation_shares(pairs_EE[None])
-    # The ratio is symmetric; of both directions, the larger share says more.
-    if shares_EE[i, j] < shares_EE[j, i]:
+    if shares_EE[i, j] < shares_EE[j, i]:  # of both directions, the larger share says more
         i, j = j, i
     share = shares_EE[i, j]
-    by_chance = share / ratio_EE[i, j]
+    ratio = ratio_EE[i, j]
+    by_chance = share / ratio
     return f"Strongest: {share:.0%} of the tokens of {i} also visit {j}; by chance {by_chance:.0%}."
 
 

@@ -79,8 +79,8 @@ def _measured(values: Mapping[int, float]) -> Measured:
 def _without_seed(run: Run) -> str:
     """Returns the configuration as text, equal for runs that differ in their seed alone."""
     config = {section: dict(leaves) for section, leaves in run.config.items()}
-    if SECTION in config:
-        config[SECTION].pop(LEAF, None)
+    train = config.get(SECTION, {})
+    train.pop(LEAF, None)
     return json.dumps(config, sort_keys=True)
 
 

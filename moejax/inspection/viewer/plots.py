@@ -68,9 +68,14 @@ def columns(run: LiveRun, key: str, axis: str) -> dict[str, np.ndarray]:
     series = run.metrics.points
     all_steps, all_values = series(key)
     steps, values = figures.downsample(all_steps, all_values)
-    flops_per_token = run.run.flops_per_token if run.run else None
+    record = run.run
+    flops_per_token = record.flops_per_token if record else None
     x = place(axis, steps, series, flops_per_token)
-    return {"step": steps, "x": x, "y": values}
+    return {
+        "step": steps,
+        "x": x,
+        "y": values,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,8 @@ class RunList:
         return pn.Row(self._boxes[path], self._rows[path], **WIDE)
 
     def _add(self, path: str, *, is_chosen: bool) -> None:
-        box = pn.widgets.Checkbox(value=is_chosen, width=20, margin=(10, 6, 0, 0))
+        margin = (10, 6, 0, 0)
+        box = pn.widgets.Checkbox(value=is_chosen, width=20, margin=margin)
         box.param.watch(self._on_change, "value")
         self._boxes[path] = box
         self._rows[path] = _text()

@@ -174,7 +174,8 @@ def distinct_axes(arms: pd.DataFrame) -> list[str]:
     for axis, following in followers.items():
         # Axes that follow from each other always change together.
         twins = [other for other in following if axis in followers[other]]
-        if not set(twins) & set(kept):
+        is_new = set(twins).isdisjoint(kept)
+        if is_new:
             kept.append(axis)
     return kept
 
@@ -345,7 +346,8 @@ def _separate_effects(values_IJS: Float[np.ndarray, "I J S"]) -> Float[np.ndarra
     by_row_I1S = values_IJS.mean(axis=1, keepdims=True)
     by_column_1JS = values_IJS.mean(axis=0, keepdims=True)
     overall_11S = values_IJS.mean(axis=(0, 1), keepdims=True)
-    return by_row_I1S + by_column_1JS - overall_11S
+    sums_IJS = by_row_I1S + by_column_1JS
+    return sums_IJS - overall_11S
 
 
 def _num_departures(num_levels: int) -> int:

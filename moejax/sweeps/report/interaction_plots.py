@@ -97,8 +97,10 @@ def _order(arms: pd.DataFrame, one: str, other: str) -> tuple[str, str]:
     Numbers are along the axis, names are lines; of two of a kind, the one with more levels is along
     the axis.
     """
+    rank_of_one = _rank_along(arms, one)
+    rank_of_other = _rank_along(arms, other)
     along, lines = one, other
-    if _rank_along(arms, one) < _rank_along(arms, other):
+    if rank_of_one < rank_of_other:
         along, lines = other, one
     if _num_levels(arms, lines) > MAX_LINES:
         along, lines = lines, along
@@ -109,7 +111,8 @@ def _rank_along(arms: pd.DataFrame, axis: str) -> tuple[bool, int]:
     """Returns how well lines run along an axis, highest for the best."""
     scale = scale_of(arms[axis])
     num_levels = len(scale.levels)
-    is_line = not scale.is_named and num_levels > 1
+    has_numbers = not scale.is_named
+    is_line = has_numbers and num_levels > 1
     return is_line, num_levels
 
 

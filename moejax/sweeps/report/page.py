@@ -4,6 +4,7 @@ Compared are the arms that are done, at the end of their schedule; all others ar
 reason. The page reads without its script, which sorts the table of settings.
 """
 
+import collections
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from moejax.sweeps.report.settings import METRIC_KEYS, numbered_settings, pack_n
 from moejax.sweeps.report.settings_table import settings_table
 from moejax.sweeps.tables import MATCHED, OVERRIDE, at_fraction, axes_of, levels_of, setting_key
 
-STATUSES = ("done", "stopped", "failed", "pruned")
+OTHER_STATUSES = ("stopped", "failed", "pruned")  # than done
 MATCHES = {
     "": "none",
     "active_params": "equal active parameters",
@@ -139,9 +140,10 @@ def _swept(planned: Entries) -> dict[str, list[Any]]:
 
 
 def _arms(planned: Entries, seeds: Sequence[Any]) -> str:
-    num_settings = len({setting_key(entry["overrides"]) for entry in planned})
+    keys = {setting_key(entry["overrides"]) for entry in planned}
+    settings = count(len(keys), "setting")
     of_seeds = count(len(seeds), "seed") if seeds else "no seed axis"
-    return f"{len(planned)}: {count(num_settings, 'setting')}, {of_seeds}"
+    return f"{len(planned)}: {settings}, {of_seeds}"
 
 
 def _command(command: str) -> Markup:
@@ -166,18 +168,20 @@ def _packs(packs: Sequence[Sequence[str]]) -> str:
 
 def _outcome(frame: pd.DataFrame, planned: Entries) -> Markup:
     """Says how many arms ended how, and which alarms they raised."""
-    counts = {status: int((frame["status"] == status).sum()) for status in STATUSES}
-    is_known = frame["arm"].isin([entry["id"] for entry in planned])
+    num_by_status = collections.Counter(frame["status"])
+    ids = [entry["id"] for entry in planned]
+    is_known = frame["arm"].isin(ids)
     num_missing = len(planned) - int(is_known.sum())
-    parts = [f"{counts.pop('done')} done"]
-    for status, num_arms in counts.items():
+    parts = [f"{num_by_status['done']} done"]
+    for status in OTHER_STATUSES:
+        num_arms = num_by_status[status]
         if num_arms:
             parts.append(f"{num_arms} {status}")
     if num_missing:
         parts.append(f"{num_missing} not ended")
     return html.render(
         "sweep/outcome",
-        is_bad=counts["failed"] > 0 or counts["stopped"] > 0,
+        is_bad=num_by_status["failed"] > 0 or num_by_status["stopped"] > 0,
         planned=count(len(planned), "arm"),
         parts=parts,
         alarms=_alarms(frame),
@@ -268,7 +272,10 @@ def _reasons(frame: pd.DataFrame, left_out: pd.DataFrame, planned: Entries) -> d
 
 def _overrides_by_arm(frame: pd.DataFrame, planned: Entries) -> dict[str, Mapping[str, Any]]:
     """Returns what the sweep sets in each arm; what was recorded of arms that it does not know."""
-    overrides = {entry["id"]: entry["overrides"] for entry in planned}
+    overrides = {}
+    for entry in planned:
+        arm = entry["id"]
+        overrides[arm] = entry["overrides"]
     for row in frame.to_dict("records"):
         arm = row["arm"]
         if not overrides.get(arm):

@@ -68,7 +68,10 @@ def parallel(settings: pd.DataFrame, axes: Names, is_one_seed: bool) -> Markup:
 def _parallel_in_words(settings: pd.DataFrame, shown: Names, loss_name: str) -> str:
     """Says what `parallel` draws, and the levels of the best setting."""
     best = settings.iloc[0]
-    levels = [f"{name} {level_name(best[axis])}" for axis, name in shown.items()]
+    levels = []
+    for axis, name in shown.items():
+        level = level_name(best[axis])
+        levels.append(f"{name} {level}")
     at_best = ", ".join(levels)
     names = ", ".join(shown.values())
     return (

@@ -52,7 +52,9 @@ class Scale:
             return math.nan
         if self.kind == "categorical":
             return index[key]
-        return math.log10(value) if self.kind == "log" else float(value)
+        if self.kind == "log":
+            return math.log10(value)
+        return float(value)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Returns places and labels that do not overlap: those of the levels if there are few."""

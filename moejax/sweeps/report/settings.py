@@ -78,12 +78,14 @@ def numbered_settings(
 
 def _planned_arms(settings: pd.DataFrame, planned: Sequence[Mapping[str, Any]]) -> list[int]:
     """Returns for each setting how many arms there were to be, at least those that there are."""
-    num_planned = collections.Counter(setting_key(entry["overrides"]) for entry in planned)
+    keys = [setting_key(entry["overrides"]) for entry in planned]
+    num_planned = collections.Counter(keys)
     counts = []
     for row in settings.to_dict("records"):
         num_arms = len(row["arms"])
         key = setting_key(_overrides(row))
-        counts.append(max(num_arms, num_planned[key]))
+        num_arms_planned = num_planned[key]
+        counts.append(max(num_arms, num_arms_planned))
     return counts
 
 
@@ -155,7 +157,10 @@ def reference_setting(
     """
     dense = [row for row in rows if is_dense(row)]
     candidates = dense or rows
-    place_of = {entry["id"]: place for place, entry in enumerate(planned)}
+    place_of = {}
+    for place, entry in enumerate(planned):
+        arm = entry["id"]
+        place_of[arm] = place
     last = len(place_of)
 
     def first_place(row: Mapping[Any, Any]) -> int:
