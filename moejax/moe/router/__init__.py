@@ -48,20 +48,22 @@ UNRANKED = ("hash", "balanced", "expert_choice", "soft")
 
 
 @takes_numpy
-def route(inputs: RouterInputs, config: MoeConfig, limit: Int[Array, ""] | None = None) -> Routing:
+def route(
+    inputs: RouterInputs, config: MoeConfig, active_top_k: Int[Array, ""] | None = None
+) -> Routing:
     """Routes by the router that `moe.router` names; see the functions in `ROUTERS`.
 
     Args:
       inputs: what the router sees.
       config: of the layer.
-      limit: experts per token, at most `moe.top_k`, if fewer are wanted: each token's best.
+      active_top_k: experts per token, at most `moe.top_k`, if fewer are wanted: each token's best.
     """
     routing = ROUTERS[config.router](inputs, config)
-    if limit is None:
+    if active_top_k is None:
         return routing
-    is_within_1K = jnp.arange(config.top_k)[None] < limit
-    experts_TK = jnp.where(is_within_1K, routing.experts_TK, config.num_choices)
-    experts_TK = save_for_remat(experts_TK)
+    is_active_1K = jnp.arange(config.top_k)[None] < active_top_k
+    active_TK = jnp.where(is_active_1K, routing.experts_TK, config.num_choices)
+    experts_TK = save_for_remat(active_TK)
     return dataclasses.replace(
         routing,
         experts_TK=experts_TK,

@@ -79,26 +79,32 @@ def _choices(routing: AnyRouting, num_choices: int) -> tuple[jax.Array, jax.Arra
 
 def _choices_of_slots(routing: SlotRouting, num_choices: int) -> tuple[jax.Array, jax.Array]:
     """Returns the experts that took each token, those with most weight first, and the weights."""
-    layers, batch, num_experts, _ = routing.positions_BEC.shape
-    tokens = routing.logits_TE.shape[1]
-    layer = jnp.arange(layers)[:, None, None, None]
-    row = jnp.arange(batch)[None, :, None, None]
-    expert = jnp.arange(num_experts, dtype=jnp.int32)[None, None, :, None]
-    place = (layer, row, routing.positions_BEC, expert)
-    shape = (layers, batch, tokens // batch, num_experts)
-    # Positions of empty slots are out of range, and dropped.
-    no_experts_NBLE = jnp.full(shape, num_choices, jnp.int32)
-    experts_NBLE = no_experts_NBLE.at[place].set(expert, mode="drop")
-    no_weights_NBLE = jnp.zeros(shape)
-    weights_NBLE = no_weights_NBLE.at[place].set(routing.weights_BEC, mode="drop")
+    experts_NBLE, weights_NBLE = _by_position(routing, num_choices)
     is_visit_NBLE = experts_NBLE < num_choices
     keys_NBLE = jnp.where(is_visit_NBLE, -weights_NBLE, jnp.inf)
     order_NBLE = jnp.argsort(keys_NBLE, axis=-1)
     experts_NBLE = jnp.take_along_axis(experts_NBLE, order_NBLE, axis=-1)
     weights_NBLE = jnp.take_along_axis(weights_NBLE, order_NBLE, axis=-1)
-    experts_NTE = experts_NBLE.reshape(layers, tokens, -1)
-    weights_NTE = weights_NBLE.reshape(layers, tokens, -1)
-    return experts_NTE, weights_NTE
+    layers, batch, length, width = experts_NBLE.shape
+    by_token = (layers, batch * length, width)
+    return experts_NBLE.reshape(by_token), weights_NBLE.reshape(by_token)
+
+
+def _by_position(routing: SlotRouting, num_choices: int) -> tuple[jax.Array, jax.Array]:
+    """Returns whether each expert took each token, as its id or `num_choices`, and the weights."""
+    layers, batch, num_experts, _ = routing.positions_BEC.shape
+    length = routing.logits_TE.shape[1] // batch
+    layer = jnp.arange(layers)[:, None, None, None]
+    row = jnp.arange(batch)[None, :, None, None]
+    expert = jnp.arange(num_experts, dtype=jnp.int32)[None, None, :, None]
+    place = (layer, row, routing.positions_BEC, expert)
+    shape = (layers, batch, length, num_experts)
+    # Positions of empty slots are out of range, and dropped.
+    no_experts_NBLE = jnp.full(shape, num_choices, jnp.int32)
+    experts_NBLE = no_experts_NBLE.at[place].set(expert, mode="drop")
+    no_weights_NBLE = jnp.zeros(shape)
+    weights_NBLE = no_weights_NBLE.at[place].set(routing.weights_BEC, mode="drop")
+    return experts_NBLE, weights_NBLE
 
 
 def _scores(routing: AnyRouting, num_choices: int) -> tuple[jax.Array, jax.Array]:

@@ -94,10 +94,11 @@ class CosineRouter(nnx.Module):
     """
 
     def __init__(self, config: MoeConfig, d_model: int, *, rngs: nnx.Rngs):
+        width, num_choices = config.d_router, config.num_choices
         init = jax.nn.initializers.lecun_normal()
-        down_DR = init(rngs.params(), (d_model, config.d_router))
+        down_DR = init(rngs.params(), (d_model, width))
         self.down = nnx.Param(down_DR, axes=("embed", "router"))
-        vectors_ER = jax.random.normal(rngs.params(), (config.num_choices, config.d_router))
+        vectors_ER = jax.random.normal(rngs.params(), (num_choices, width))
         self.vectors = nnx.Param(vectors_ER, axes=("router", "router"))
         log_scale = jnp.log(jnp.full(1, 2.0))  # a temperature of 0.5
         self.log_scale = nnx.Param(log_scale, axes=("router",))
@@ -159,7 +160,8 @@ class SoftRouter(nnx.Module):
         init = jax.nn.initializers.normal(d_model**-0.5)
         slots_DEP = init(rngs.params(), shape)
         self.slots = nnx.Param(slots_DEP, axes=("embed", "router", "router"))
-        self.scale = nnx.Param(jnp.ones(1), axes=("router",))
+        scale_1 = jnp.ones(1)
+        self.scale = nnx.Param(scale_1, axes=("router",))
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Returns the logits of tokens and slots, `[B, L, E * P]`."""

@@ -89,22 +89,36 @@ def mask_groups(
     """
     groups = config.num_groups
     values_TGS = values_TE.reshape(-1, groups, values_TE.shape[-1] // groups)
-    best = 2 if config.group_score == "top2_sum" else 1
-    best_TGX, _ = jax.lax.top_k(values_TGS, best)
+    num_best = 2 if config.group_score == "top2_sum" else 1
+    best_TGX, _ = jax.lax.top_k(values_TGS, num_best)
     if is_blocked_E is None:
-        group_values_TG = best_TGX.sum(axis=-1)
-        _, kept_TM = jax.lax.top_k(group_values_TG, config.top_k_groups)
-        is_group_TMG = kept_TM[:, :, None] == jnp.arange(groups)[None, None]
-        is_kept_TG = is_group_TMG.any(axis=1)
+        is_kept_TG = _best_groups(best_TGX, config)
     else:
-        is_open_GS = (~is_blocked_E).reshape(groups, -1)
-        num_open_G = is_open_GS.sum(axis=1)
-        is_open_TGX = best_TGX > -jnp.inf
-        open_TG = jnp.where(is_open_TGX, best_TGX, 0.0).sum(axis=-1)
-        group_values_TG = jnp.where(num_open_G[None] > 0, open_TG, -jnp.inf)
-        is_kept_TG = _groups_with_enough(group_values_TG, num_open_G, config)
+        is_kept_TG = _best_open_groups(best_TGX, is_blocked_E, config)
     masked_TGS = jnp.where(is_kept_TG[:, :, None], values_TGS, -jnp.inf)
     return masked_TGS.reshape(values_TE.shape)
+
+
+def _best_groups(best_TGX: Float[Array, "T G X"], config: MoeConfig) -> Bool[Array, "T G"]:
+    """Whether each group is among the `top_k_groups` with the largest sum of best values."""
+    group_values_TG = best_TGX.sum(axis=-1)
+    _, kept_TM = jax.lax.top_k(group_values_TG, config.top_k_groups)
+    group_G = jnp.arange(config.num_groups)
+    is_group_TMG = kept_TM[:, :, None] == group_G[None, None]
+    return is_group_TMG.any(axis=1)
+
+
+def _best_open_groups(
+    best_TGX: Float[Array, "T G X"], is_blocked_E: Bool[Array, "E"], config: MoeConfig
+) -> Bool[Array, "T G"]:
+    """Whether each group is kept where some experts are blocked, whose values are -inf."""
+    is_open_GS = (~is_blocked_E).reshape(config.num_groups, -1)
+    num_open_G = is_open_GS.sum(axis=1)
+    is_open_TGX = best_TGX > -jnp.inf
+    open_TGX = jnp.where(is_open_TGX, best_TGX, 0.0)
+    has_open_1G = (num_open_G > 0)[None]
+    group_values_TG = jnp.where(has_open_1G, open_TGX.sum(axis=-1), -jnp.inf)
+    return _groups_with_enough(group_values_TG, num_open_G, config)
 
 
 def _groups_with_enough(

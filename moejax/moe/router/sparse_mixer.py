@@ -1,5 +1,7 @@
 """SparseMixer: experts close to the best compete for each of a token's choices."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -28,37 +30,17 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
     if inputs.is_blocked_E is not None:
         is_open_TE &= ~inputs.is_blocked_E[None]
     ranking_TE = mask_blocked(logits_TE, inputs.is_blocked_E)
-    experts, log_weights, factors = [], [], []
+    choices = []
     for k in range(config.top_k):
-        constant_TE = jax.lax.stop_gradient(logits_TE)
-        is_near_TE = _near_best(constant_TE, is_open_TE, config.mixer_threshold)
-        near_TE = jnp.where(is_near_TE, logits_TE, NO_WEIGHT)
-        best_T1 = jnp.argmax(near_TE, axis=-1, keepdims=True)
-        chosen_T1, factor_T1 = best_T1, jnp.ones(best_T1.shape)
-        if inputs.is_training:
-            gumbel_TE = inputs.draw(Stream.GUMBEL, jax.random.gumbel, num_experts, choice=k)
-            values_TE = near_TE + gumbel_TE
-            chosen_T1 = jnp.argmax(values_TE, axis=-1, keepdims=True)
-            taken_or_far_TE = jnp.where(is_open_TE, -jnp.inf, jnp.inf)
-            ranking_TE = jnp.where(is_near_TE, values_TE, taken_or_far_TE)
-            ranking_TE = mask_blocked(ranking_TE, inputs.is_blocked_E)
-        chosen_T1 = save_for_remat(chosen_T1.astype(jnp.int32))
-        if inputs.is_training:
-            keeps_weight_T1 = inputs.draw(Stream.KEEP, jax.random.uniform, 1, choice=k) > 0.75
-            factor_T1 = jnp.where((chosen_T1 == best_T1) | keeps_weight_T1, 1.0, 1 / 3)
-        log_weights_TE = jax.nn.log_softmax(near_TE, axis=-1)
-        log_weight_T1 = jnp.take_along_axis(log_weights_TE, chosen_T1, axis=-1)
-        if inputs.is_blocked_E is not None:
-            # Perhaps no expert is left.
-            has_open_T1 = is_open_TE.any(axis=-1, keepdims=True)
-            chosen_T1 = jnp.where(has_open_T1, chosen_T1, num_experts)
-        experts.append(chosen_T1)
-        log_weights.append(log_weight_T1)
-        factors.append(factor_T1)
-        is_open_TE &= jnp.arange(num_experts)[None] != chosen_T1
-    experts_TK = no_expert(jnp.concatenate(experts, axis=1), inputs.mask_T, num_experts)
+        choice = _choose(inputs, is_open_TE, ranking_TE, k, config.mixer_threshold)
+        choices.append(choice)
+        ranking_TE = choice.ranking_TE
+        is_open_TE &= jnp.arange(num_experts)[None] != choice.expert_T1
+    chosen_TK = jnp.concatenate([choice.expert_T1 for choice in choices], axis=1)
+    experts_TK = no_expert(chosen_TK, inputs.mask_T, num_experts)
     weights_TK, log_weights_TK = _scaled(
-        jnp.concatenate(log_weights, axis=1), jnp.concatenate(factors, axis=1)
+        jnp.concatenate([choice.log_weight_T1 for choice in choices], axis=1),
+        jnp.concatenate([choice.factor_T1 for choice in choices], axis=1),
     )
     is_expert_TK = experts_TK < num_experts
     log_scores_TE = log_scores(logits_TE, "softmax")
@@ -71,6 +53,60 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
         log_scores_TE=log_scores_TE,
         log_weights_TK=jnp.where(is_expert_TK, log_weights_TK, NO_WEIGHT),
     )
+
+
+class _Choice(NamedTuple):
+    """One choice of each token.
+
+    Attributes:
+      expert_T1: the chosen expert; E where none is left.
+      log_weight_T1: logarithm of its share among those that are near the best.
+      factor_T1: on its weight, 1 or 1/3.
+      ranking_TE: what it was chosen by.
+    """
+
+    expert_T1: jax.Array
+    log_weight_T1: jax.Array
+    factor_T1: jax.Array
+    ranking_TE: jax.Array
+
+
+def _choose(inputs: RouterInputs, is_open_TE, ranking_TE, k: int, threshold: float) -> _Choice:
+    """Chooses among the open experts that are near the best of them.
+
+    Args:
+      inputs: logits, and keys in training.
+      is_open_TE: experts that were neither chosen before nor blocked.
+      ranking_TE: what experts rank by so far; in training a choice makes its own.
+      k: which choice of a token it is.
+      threshold: `moe.mixer_threshold`.
+    """
+    logits_TE = inputs.logits_TE
+    num_experts = logits_TE.shape[-1]
+    constant_TE = jax.lax.stop_gradient(logits_TE)
+    is_near_TE = _near_best(constant_TE, is_open_TE, threshold)
+    near_TE = jnp.where(is_near_TE, logits_TE, NO_WEIGHT)
+    best_T1 = jnp.argmax(near_TE, axis=-1, keepdims=True)
+    chosen_T1, factor_T1 = best_T1, jnp.ones(best_T1.shape)
+    if inputs.is_training:
+        gumbel_TE = inputs.draw(Stream.GUMBEL, jax.random.gumbel, num_experts, choice=k)
+        values_TE = near_TE + gumbel_TE
+        chosen_T1 = jnp.argmax(values_TE, axis=-1, keepdims=True)
+        taken_or_far_TE = jnp.where(is_open_TE, -jnp.inf, jnp.inf)
+        ranking_TE = jnp.where(is_near_TE, values_TE, taken_or_far_TE)
+        ranking_TE = mask_blocked(ranking_TE, inputs.is_blocked_E)
+    chosen_T1 = save_for_remat(chosen_T1.astype(jnp.int32))
+    if inputs.is_training:
+        uniform_T1 = inputs.draw(Stream.KEEP, jax.random.uniform, 1, choice=k)
+        keeps_weight_T1 = uniform_T1 > 0.75
+        factor_T1 = jnp.where((chosen_T1 == best_T1) | keeps_weight_T1, 1.0, 1 / 3)
+    log_weights_TE = jax.nn.log_softmax(near_TE, axis=-1)
+    log_weight_T1 = jnp.take_along_axis(log_weights_TE, chosen_T1, axis=-1)
+    if inputs.is_blocked_E is not None:
+        # Perhaps no expert is left.
+        has_open_T1 = is_open_TE.any(axis=-1, keepdims=True)
+        chosen_T1 = jnp.where(has_open_T1, chosen_T1, num_experts)
+    return _Choice(chosen_T1, log_weight_T1, factor_T1, ranking_TE)
 
 
 def _scaled(log_weights_TK, factors_TK):

@@ -201,6 +201,8 @@ def test_experts_in_slots_go_with_their_overrides_and_the_model_stays_as_it_is()
     before = jax.device_get(nnx.state(model))
     placed, overrides = place_experts(model, identity_placement(2, 4)[:, ::-1])
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(nnx.state(model)))
+    (stack,) = placed.stacks
+    assert stack.block.moe.experts.down.axes == ("layers", "slots", "mlp", "embed")
     batch = jax.tree.map(jnp.asarray, packed_batch(config))
     inputs = (batch.tokens_BL, batch.segments_BL, batch.positions_BL)
     with pytest.raises(PlacementError, match="give the overrides that `place_experts` returned"):
