@@ -163,24 +163,32 @@ def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
     not trained again with others.
     """
     steps = {arm.id: saved_steps(sweep.workdir(arm.id)) for arm in arms}
+    newest = {arm_id: max(saved, default=0) for arm_id, saved in steps.items()}
     groups: list[list[Arm]] = []
     others = []
     for arm in arms:
-        if steps[arm.id] and steps[arm.id][-1] >= arm.config.train.num_steps:
+        if newest[arm.id] >= arm.config.train.num_steps:
             groups.append([arm])
         else:
             others.append(arm)
     if not others:
         return groups
-    newest = {arm.id: max(steps[arm.id], default=0) for arm in others}
-    slowest = min(newest.values())
-    can_all_go_back = all(slowest in steps[arm.id] for arm in others)
-    if can_all_go_back or not any(newest.values()):
+    if _can_continue_together([steps[arm.id] for arm in others]):
         return [*groups, others]
     by_step: dict[int, list[Arm]] = {}
     for arm in others:
-        by_step.setdefault(newest[arm.id], []).append(arm)
+        same = by_step.setdefault(newest[arm.id], [])
+        same.append(arm)
     return [*groups, *by_step.values()]
+
+
+def _can_continue_together(steps_of_arms: Sequence[Sequence[int]]) -> bool:
+    """Whether no arm has a checkpoint, or all have one of the step that the slowest has reached."""
+    if not any(steps_of_arms):
+        return True
+    newest = [max(saved, default=0) for saved in steps_of_arms]
+    slowest = min(newest)
+    return all(slowest in saved for saved in steps_of_arms)
 
 
 def _train_arms(sweep: Sweep, arms: Sequence[Arm], stop: StopSignals) -> list[TrainResult]:

@@ -48,13 +48,15 @@ def lost_arms(planned: Iterable[Arm], recorded: Mapping[str, Arm]) -> list[Arm]:
 
 def explain_loss(lost: Arm, planned: Iterable[Arm]) -> str:
     """Returns what has changed of an arm that is not planned; "" if no arm of its point is."""
-    for arm in planned:
-        if arm.overrides == lost.overrides:
-            leaves = _differing_leaves(lost.config, arm.config)
-            shown = ", ".join(leaves[:SHOWN])
-            more = f" and {len(leaves) - SHOWN} more" if len(leaves) > SHOWN else ""
-            return f"{describe(lost.overrides)} was planned with {shown}{more}"
-    return ""
+    same_point = [arm for arm in planned if arm.overrides == lost.overrides]
+    if not same_point:
+        return ""
+    leaves = _differing_leaves(lost.config, same_point[0].config)
+    shown = ", ".join(leaves[:SHOWN])
+    if len(leaves) > SHOWN:
+        shown += f" and {len(leaves) - SHOWN} more"
+    point = describe(lost.overrides)
+    return f"{point} was planned with {shown}"
 
 
 def _by_configuration(arms: Iterable[Arm]) -> dict[str, Arm]:
