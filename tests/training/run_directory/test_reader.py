@@ -2,6 +2,9 @@
 
 import pytest
 
+from moejax.inspection.viewer.metrics_reader import MetricsReader
+from moejax.training.health.alarms import read_alarms
+from moejax.training.run_directory.line_file import LineFile
 from moejax.training.run_directory.reader import LineError, RunDirectory
 
 
@@ -17,6 +20,28 @@ def test_a_last_line_that_a_crash_cut_off_is_left_out(tmp_path):
     assert metrics_of(tmp_path, line + line[:-1]) == [1, 1]  # only its end is missing
     assert metrics_of(tmp_path, line + b"{\n\n") == [1]
     assert metrics_of(tmp_path, b"") == []
+
+
+ALARM = b'{"step": 1, "rule": "ties", "state": "on", "layers": [0]}\n'
+
+
+@pytest.mark.parametrize(
+    ("tail", "num_lines"),
+    [(b'{"step"', 1), (b'{"step"\n', 1), (b"\0\0", 1), (b"\n\n", 1), (ALARM[:-1], 2), (ALARM, 2)],
+)
+def test_writer_and_readers_know_the_same_last_line(tmp_path, tail, num_lines):
+    for name in ("metrics.jsonl", "alarms.jsonl"):
+        (tmp_path / name).write_bytes(ALARM + tail)
+    assert len(list(RunDirectory(tmp_path).read_metrics())) == num_lines
+    assert len(read_alarms(tmp_path)) == num_lines
+    viewer = MetricsReader(tmp_path / "metrics.jsonl")
+    viewer.read_on(2**20)
+    assert viewer._num_lines == num_lines
+    file = LineFile(tmp_path / "alarms.jsonl", 1, None, lambda line: True)
+    assert len(file.lines) == num_lines
+    file.append({"step": 2})
+    file.close()
+    assert (tmp_path / "alarms.jsonl").read_bytes() == ALARM * num_lines + b'{"step": 2}\n'
 
 
 @pytest.mark.parametrize("line", [b"{", b"\xff", b"[" * 100_000])
