@@ -352,10 +352,8 @@ KNOB_CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "router",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "switch")) for name in KNOB_CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("router", KNOB_CASES)
 def test_every_knob_acts_in_its_own_arm_alone(router):
     moe = {"expert_dropout": 0.1} if "expert_dropout" in KNOB_CASES[router] else {}
     model = {"remat": False}  # compiles faster
