@@ -26,6 +26,7 @@ from moejax.models import Decoder
 DEBUG = Path(__file__).parents[2] / "configs/debug.py"
 
 
+@pytest.mark.slow
 def test_bench_step_compares_moe_and_dense_in_one_run(capsys):
     arguments = [
         "bench",

@@ -9,6 +9,7 @@ from moejax.cli import main
 from moejax.moe.dispatch import on_device as local
 
 
+@pytest.mark.slow
 def test_doctor_finds_this_set_up_working(capsys):
     assert main(["doctor", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

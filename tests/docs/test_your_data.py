@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_five_commands_work_in_a_folder_with_only_the_recipes(tmp_path):
     block = re.search(r"```bash\n(.*?)```", (ROOT / "docs/your_data.md").read_text(), re.DOTALL)[1]
     commands = block.strip().splitlines()

@@ -31,11 +31,12 @@ def found(mesh, **moe):
             {"all-to-all", "all-gather", "reduce-scatter", "all-reduce"},
         ),
         ({"dcn_expert": 2, "expert": 4}, {}, "two_level", {"all-to-all", "all-reduce"}),
-        (
+        pytest.param(
             {"data": 2, "expert": 4},
             {"router": "soft", "allow_noncausal": True},
             "ring",
             {"all-gather", "reduce-scatter", "all-reduce"},
+            marks=pytest.mark.slow,
         ),
         ({"data": 8}, {}, "gather", {"all-reduce"}),
     ],

@@ -252,9 +252,8 @@ def test_two_steps_are_the_same_on_every_mesh_however_tokens_meet_experts(
     )
 
 
-@pytest.mark.parametrize(
-    ("saves", "ways"), [(True, 4), pytest.param(False, 5, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("saves", "ways"), [(True, 4), (False, 5)])
 def test_remat_sends_no_token_twice_if_what_arrived_is_saved(saves, ways):
     config = small_config(
         moe={"exchange": "dedup", "save_exchanged": saves}, mesh={"data": 1, "expert": 2}

@@ -76,10 +76,11 @@ def test_blocks_equal_all_scores_within_a_model(by_document, monkeypatch, docume
     assert_is_close(step(config_of(), 1, document), by_document[document])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", [5, 40])
 @pytest.mark.parametrize(
     "mesh",
-    [{"data": 2, "tensor": 2}, pytest.param({"data": 2, "expert": 4}, marks=pytest.mark.slow)],
+    [{"data": 2, "tensor": 2}, {"data": 2, "expert": 4}],
     ids=str,
 )
 def test_blocks_on_a_mesh_equal_one_device(by_document, mesh, document):

@@ -193,6 +193,7 @@ def run_to_the_end(recipe, workdir):
     return done
 
 
+@pytest.mark.slow
 def test_killed_with_sigkill_and_resumed_equals_twenty_steps_straight(straight, tmp_path):
     config, _, _ = straight
     recipe = write_recipe(tmp_path / "recipe.py", config)

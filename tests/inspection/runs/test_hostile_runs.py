@@ -62,6 +62,7 @@ def change_record(workdir, change):
     path.write_text(json.dumps(recorded))
 
 
+@pytest.mark.slow
 def test_links_and_pipes_in_place_of_any_file_stop_every_verb(copy, tmp_path, capfd):
     canary = tmp_path / "canary"
     canary.write_text(CANARY)

@@ -125,7 +125,7 @@ AXES = ["data", "fsdp", "dcn_expert", "context", "tensor"]  # `expert` has the r
 FACTORS = {
     "strategy": STRATEGIES,
     "top_k": [1, 8],  # two are in tests/training/test_invariance.py
-    "factor": [1.5, 0.01, 8.0],  # with 0.01 almost every choice is left over
+    "factor": [1.5, 0.01],  # with 0.01 almost every choice is left over
     "chunks": [1, 2],
     "weight_on": ["output", "input"],
     **dict.fromkeys(AXES, (1, 2)),

@@ -360,10 +360,8 @@ for _name, _spec in LOSS_SPECS.items():
         KNOB_CASES[_router][f"{_name}_weight"] = 0.3
 
 
-@pytest.mark.parametrize(
-    "router",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "switch")) for name in KNOB_CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("router", KNOB_CASES)
 def test_every_knob_acts_in_its_own_arm_alone(router):
     # What one arm has, the other must have, too, or no program fits both.
     moe = {weight: 0.1 for weight in LOSS_WEIGHTS if weight in KNOB_CASES[router]}
