@@ -282,6 +282,7 @@ def test_a_split_by_keys_is_the_split_by_names():
         assert 0 < np.count_nonzero(keys <= last_of_pairs) < number
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_documents(tmp_path, monkeypatch):
     # A small window is full at these sizes.
     monkeypatch.setattr("moejax.data.packing.WINDOW_SLOTS", 1 << 14)

@@ -118,7 +118,14 @@ def check(config, **how):
     return chosen_BLE, stats
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+IN_OTHERS = {"biases", "input", "zero", "identity", "constant"}
+"""Variants whose settings are among those of others: for the long suite."""
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in IN_OTHERS)) for name in VARIANTS],
+)
 def test_experts_of_every_kind_and_all_their_gradients_equal_the_oracle(variant):
     check(config_of(**VARIANTS[variant]))
 
