@@ -89,8 +89,10 @@ def _sum_by_domain(
     nats_BL: jax.Array, batch: Batch, domains_BL: jax.Array, num_domains: int
 ) -> jax.Array:
     """Returns the cross-entropy and the number of the targets of each domain."""
-    is_in_domain_BLG = domains_BL[..., None] == jnp.arange(num_domains)[None, None]
+    domains_11G = jnp.arange(num_domains)[None, None]
+    is_in_domain_BLG = domains_BL[..., None] == domains_11G
     is_counted_BLG = is_in_domain_BLG & batch.loss_mask_BL[..., None]
-    nats_G = jnp.where(is_counted_BLG, nats_BL[..., None], 0.0).sum(axis=(0, 1))
+    counted_nats_BLG = jnp.where(is_counted_BLG, nats_BL[..., None], 0.0)
+    nats_G = counted_nats_BLG.sum(axis=(0, 1))
     num_targets_G = is_counted_BLG.sum(axis=(0, 1), dtype=jnp.float32)
     return jnp.stack([nats_G, num_targets_G], axis=1)

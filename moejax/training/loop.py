@@ -8,7 +8,7 @@ are done.
 
 import logging
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -139,13 +139,14 @@ class Loop:
         self.stop = SharedStop(stop, program.mesh)
         self.config = runs[0].config.train  # the same in all runs, except the seed
         self.domains = domains_of(corpus)
-        self.eval_step = program.make_eval_step(len(self.domains.domains) if self.domains else 0)
-        rows = rows_of_process(program.mesh, self.config.batch_size)
-        self.batches: dict[int, TrainBatches] = {}
+        num_domains = len(self.domains.domains) if self.domains else 0
+        self.eval_step = program.make_eval_step(num_domains)
+        batch_size = self.config.batch_size
+        rows = rows_of_process(program.mesh, batch_size)
+        self.batches: dict[int, TrainBatches] = {}  # by seed
         for run in runs:
-            seed = run.config.train.seed
-            if seed not in self.batches:
-                self.batches[seed] = TrainBatches(corpus, self.config.batch_size, seed, rows)
+            if run.seed not in self.batches:
+                self.batches[run.seed] = TrainBatches(corpus, batch_size, run.seed, rows)
 
     @property
     def training(self) -> list[TrainingRun]:
@@ -155,25 +156,36 @@ class Loop:
     def run(self) -> list[TrainResult]:
         """Trains from the newest step that all runs have saved, to the end or to a signal."""
         start_step = common_start(self.runs)
-        if start_step:
-            name = self.runs[0].workdir if len(self.runs) == 1 else f"{len(self.runs)} arms"
-            log.info("continuing %s from step %d", name, start_step)
         with ExitStack() as stack:
             stack.enter_context(jax.set_mesh(self.program.mesh))
-            state = self.program.join(run.restore(start_step) for run in self.runs)
-            # The limit is that of a step of one run.
-            limit_s = self.config.step_limit_s * self.program.runs_of_device
-            self.watchdog = stack.enter_context(Watchdog(limit_s, self.program.mesh))
-            progress = StepProgress(self.config.num_steps, start_step, is_first())
-            self.progress = stack.enter_context(progress)
-            for run in self.runs:
-                stack.enter_context(run.open(start_step))
+            state = self._restore(start_step)
+            self._open(start_step, stack)
             self._make_up_evaluation(state, start_step)
             if start_step >= self.config.num_steps or self.stop:
                 self._end_part(state, start_step, self.runs)
             else:
                 self._train(state, start_step)
         return [run.result(self.stop.received) for run in self.runs]
+
+    def _restore(self, start_step: int) -> TrainState:
+        """Returns the state to begin with."""
+        if start_step:
+            num_runs = len(self.runs)
+            name = self.runs[0].workdir if num_runs == 1 else f"{num_runs} arms"
+            log.info("continuing %s from step %d", name, start_step)
+        return self.program.join(run.restore(start_step) for run in self.runs)
+
+    def _open(self, start_step: int, stack: ExitStack) -> None:
+        """Opens what is open while the steps run."""
+        # The limit is that of a step of one run.
+        limit_s = self.config.step_limit_s * self.program.runs_of_device
+        watchdog = Watchdog(limit_s, self.program.mesh)
+        self.watchdog = stack.enter_context(watchdog)
+        progress = StepProgress(self.config.num_steps, start_step, is_first())
+        self.progress = stack.enter_context(progress)
+        for run in self.runs:
+            files = run.open(start_step)
+            stack.enter_context(files)
 
     def _make_up_evaluation(self, state: TrainState, step: int) -> None:
         """Evaluates the first state if a signal came before that was done.
@@ -221,10 +233,11 @@ class Loop:
         with ExitStack() as stack:
             streams = {}
             for seed, batches in self.batches.items():
-                streams[seed] = stack.enter_context(closing(batches.iterate(step)))
+                stream = closing(batches.iterate(step))
+                streams[seed] = stack.enter_context(stream)
             while True:
                 batch_of_seed = {seed: next(stream) for seed, stream in streams.items()}
-                yield [batch_of_seed[run.config.train.seed] for run in self.runs]
+                yield [batch_of_seed[run.seed] for run in self.runs]
 
     def _compile(self, state: TrainState, step: int) -> jax.stages.Compiled:
         """Compiles the step before the clock starts.
@@ -232,7 +245,7 @@ class Loop:
         All processes wait for each other afterwards: gloo would not wait for a slow one.
         """
         started_at = time.perf_counter()
-        batches = [self.batches[run.config.train.seed][step] for run in self.runs]
+        batches = [self.batches[run.seed][step] for run in self.runs]
         batch = self.program.put_batches(batches)
         self.watchdog.other_work("compiling the train step")
         log.info("compiling the train step")
@@ -251,13 +264,15 @@ class Loop:
         if output is None:
             return
         losses = []
-        for run, own_output in zip(self.runs, self.program.outputs(output), strict=True):
+        own_outputs = self.program.outputs(output)
+        for run, own_output in zip(self.runs, own_outputs, strict=True):
             if run.error is None:
                 run.add(own_output)
                 losses.append(run.recorder.last.loss)
         step = self.training[0].recorder.last.step
+        mean_loss = sum(losses) / len(losses)
         rate = sum(run.recorder.rate for run in self.training)
-        self.progress.update(step, sum(losses) / len(losses), rate)
+        self.progress.update(step, mean_loss, rate)
 
     def _ending(self, is_saved: bool) -> list[TrainingRun]:
         """Returns the runs that are saved now: all of them, or those that an alarm stops."""
@@ -279,12 +294,18 @@ class Loop:
         if due and self.config.is_evaluated(step) and not self.stop:
             self._evaluate(state, step, due, due)
         self.watchdog.other_work(f"saving step {step}")
-        own_states = self.program.split(state, map(self.runs.index, runs))
+        own_states = self._split(state, runs)
         for run, own_state in zip(runs, own_states, strict=True):
             run.save(own_state)
         for run in alarmed:
             run.checkpoints.wait()
-            run.end(AlarmError(stop_message(step, run.recorder.stopping)))
+            message = stop_message(step, run.recorder.stopping)
+            run.end(AlarmError(message))
+
+    def _split(self, state: TrainState, runs: Sequence[TrainingRun]) -> Iterator[TrainState]:
+        """Yields the states of these runs, one after another."""
+        indices = [self.runs.index(run) for run in runs]
+        return self.program.split(state, indices)
 
     def _evaluate(
         self,
@@ -330,12 +351,13 @@ class Loop:
         """Ends a run whose steps are not finite; all processes look for the place."""
         self.watchdog.other_work("the search for values that are not finite")
         run.recorder.flush()
-        last = run.recorder.last
-        run.step = last.step
-        first = last.step - last.skipped_in_row + 1
+        run.step = run.recorder.last.step
+        num_steps = run.recorder.last.skipped_in_row
+        first = run.step - num_steps + 1
         with jax.set_mesh(run.setup.mesh):
-            (own_state,) = self.program.split(state, [self.runs.index(run)])
-            batch = put_batch(self.batches[run.config.train.seed][first - 1], run.setup)
+            (own_state,) = self._split(state, [run])
+            rows = self.batches[run.seed][first - 1]
+            batch = put_batch(rows, run.setup)
             knobs = Knobs.from_config(run.config)
-            error = nonfinite_error(run.setup, own_state, batch, knobs, first, last.skipped_in_row)
+            error = nonfinite_error(run.setup, own_state, batch, knobs, first, num_steps)
         run.end(error)

@@ -90,6 +90,7 @@ class TrainingRun:
     ):
         self.setup = setup
         self.config = setup.config
+        self.seed = setup.config.train.seed
         self.workdir = workdir
         self.name = name
         self.num_arms = num_arms
@@ -111,7 +112,7 @@ class TrainingRun:
             state = self.checkpoints.restore(step) if step else None
             if state is None:
                 warn_of_lost_checkpoints(self.workdir)
-                return self.setup.init(self.config.train.seed)
+                return self.setup.init(self.seed)
         log_changes(self.checkpoints.config(step), self.config, step)
         return state
 

@@ -57,18 +57,22 @@ def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
     Args:
       arrays: by name, split over devices in any way. Copies on other devices are ignored.
     """
-    parts = [part for name, array in arrays.items() for part in _parts(name, array)]
+    parts = []
+    for name, array in arrays.items():
+        parts += _parts(name, array)
     # The largest first, so that no thread is left alone with one at the end.
     parts.sort(key=lambda part: part.data.nbytes, reverse=True)
     row_of_name = {name: row for row, name in enumerate(arrays)}
-    sums_A2 = np.zeros((len(arrays), 2), np.uint32)
+    own_sums_A2 = np.zeros((len(arrays), 2), np.uint32)
     num_threads = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(num_threads) as pool:
-        for part, sums_2 in zip(parts, pool.map(_weighted_sums, parts), strict=True):
+        sums_of_parts = pool.map(_weighted_sums, parts)
+        for part, sums_2 in zip(parts, sums_of_parts, strict=True):
             row = row_of_name[part.name]
-            sums_A2[row] += sums_2
+            own_sums_A2[row] += sums_2
+    sums_A2 = _add_processes(own_sums_A2).tolist()
     digests = {}
-    for name, (first, second) in zip(arrays, _add_processes(sums_A2).tolist(), strict=True):
+    for name, (first, second) in zip(arrays, sums_A2, strict=True):
         digests[name] = f"{first:08x}{second:08x}"
     return digests
 
@@ -109,11 +113,14 @@ def _weighted_sums(part: _Part) -> np.ndarray:
     # Groups and weights are those of the complete array, of which this process may hold some rows
     # and columns.
     row_bytes = math.prod(column_shape) * words.dtype.itemsize
-    groups_R = rows_R // np.uint32(max(1, GROUP_BYTES // row_bytes))
+    rows_of_group = max(1, GROUP_BYTES // row_bytes)
+    groups_R = rows_R // np.uint32(rows_of_group)
     words_RC = words.reshape(len(rows_R), len(columns_C))
     groups_G, sums_GC = _sum_groups(words_RC, groups_R)
     sums_C = np.einsum("gc,g->c", sums_GC, _odd_weights(groups_G))
-    weights_2C = np.stack([_odd_weights(columns_C), _odd_weights(columns_C + np.uint32(2**31))])
+    first_weights_C = _odd_weights(columns_C)
+    second_weights_C = _odd_weights(columns_C + np.uint32(2**31))
+    weights_2C = np.stack([first_weights_C, second_weights_C])
     # Over the last axis, whose elements are neighbours: over the other one NumPy takes ten times as
     # long.
     return (sums_C * weights_2C).sum(axis=1, dtype=np.uint32)
@@ -122,13 +129,17 @@ def _weighted_sums(part: _Part) -> np.ndarray:
 def _as_words(part: _Part) -> _Part:
     """Returns a part whose elements are unsigned integers, on the host."""
     data = np.asarray(part.data)
-    if data.dtype.itemsize <= WORD_BYTES:
-        return part._replace(data=data.view(WORDS[data.dtype.itemsize]))
+    element_bytes = data.dtype.itemsize
+    if element_bytes <= WORD_BYTES:
+        words = data.view(WORDS[element_bytes])
+        return part._replace(data=words)
     # The words of an element become one more axis.
-    words = np.ascontiguousarray(data).reshape(*data.shape, 1).view(np.uint32)
+    elements = np.ascontiguousarray(data).reshape(*data.shape, 1)
+    words = elements.view(np.uint32)
     num_words = words.shape[-1]
     place = (*part.place, slice(0, num_words))
-    return part._replace(place=place, shape=(*part.shape, num_words), data=words)
+    shape = (*part.shape, num_words)
+    return part._replace(place=place, shape=shape, data=words)
 
 
 def _sum_groups(words_RC: np.ndarray, groups_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

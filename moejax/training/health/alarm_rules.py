@@ -74,9 +74,10 @@ def check(interval: RoutingInterval, config: Config) -> list[Alarm]:
         if not threshold:
             continue
         holds_N = value_N < threshold if rule in LOW_RULES else value_N > threshold
-        if holds_N.any():
-            layers = tuple(config.moe_layers[n] for n in np.flatnonzero(holds_N).tolist())
-            values = tuple(value_N[holds_N].tolist())
+        places = np.flatnonzero(holds_N).tolist()
+        if places:
+            layers = tuple(config.moe_layers[place] for place in places)
+            values = tuple(value_N[places].tolist())
             alarms.append(Alarm(rule, layers, values, threshold, wording))
     return alarms
 

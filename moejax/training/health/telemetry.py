@@ -82,13 +82,19 @@ def summarize_routing(outputs: Sequence[StepOutput]) -> RoutingInterval | None:
     counts_SNE = np.stack([each.assignments_E for each in sums])
     probs_SNE = np.stack([each.probs_E for each in sums])
     importance_SNE = np.stack([each.importance_E for each in sums])
-    tokens_SN1 = np.stack([each.num_tokens for each in sums])[..., None]
-    is_sound_SN1 = np.isfinite(probs_SNE + importance_SNE).all(axis=2, keepdims=True)
-    tokens_N1 = np.where(is_sound_SN1, tokens_SN1, 0).sum(axis=0, dtype=np.float64)
-    counts_NE = np.where(is_sound_SN1, counts_SNE, 0).sum(axis=0, dtype=np.int64)
+    tokens_SN = np.stack([each.num_tokens for each in sums])
+    is_finite_SNE = np.isfinite(probs_SNE + importance_SNE)
+    is_sound_SN1 = is_finite_SNE.all(axis=2, keepdims=True)
+
+    def total(values: np.ndarray, dtype: type) -> np.ndarray:
+        """Sums over the steps in which the routing of a layer is finite."""
+        return np.where(is_sound_SN1, values, 0).sum(axis=0, dtype=dtype)
+
+    tokens_N1 = total(tokens_SN[..., None], np.float64)
+    counts_NE = total(counts_SNE, np.int64)
 
     def mean_over_tokens(values_SNE: np.ndarray) -> np.ndarray:
-        total_NE = np.where(is_sound_SN1, values_SNE, 0.0).sum(axis=0, dtype=np.float64)
+        total_NE = total(values_SNE, np.float64)
         mean_NE = total_NE / np.maximum(tokens_N1, 1)
         return np.where(is_sound_SN1.any(axis=0), mean_NE, np.nan)
 

@@ -75,11 +75,12 @@ class Pack(Program):
         super().__init__(make_train_setup(template, meshes[0]))
         self.mesh = _stack_meshes(meshes)
         self.setups = [dataclasses.replace(self._alone, config=config) for config in configs]
-        self.runs_of_device = -(-len(configs) // len(meshes))  # rounded up
-        self._num_slots = self.runs_of_device * len(meshes)
+        num_groups = len(meshes)
+        self.runs_of_device = math.ceil(len(configs) / num_groups)
+        self._num_slots = self.runs_of_device * num_groups
         self._shardings = jax.tree.map(self._by_arm, self._alone.shardings)
-        knobs = self._stack([Knobs.from_config(config) for config in configs])
-        self.knobs = self._put(knobs, PartitionSpec(ARMS))
+        knobs_by_arm = [Knobs.from_config(config) for config in configs]
+        self.knobs = self._put(self._stack(knobs_by_arm), PartitionSpec(ARMS))
 
     def _by_arm(self, sharding: NamedSharding) -> NamedSharding:
         """Returns the sharding of a stack of arrays that alone have this one."""

@@ -132,14 +132,17 @@ class RoutingHistory:
         num_sums = min(num_columns, self.num_entries)
         starts_C = np.linspace(0, self.num_entries, num_sums, endpoint=False).astype(int)
         is_integer = np.issubdtype(array.dtype.numpy_dtype, np.integer)
-        sums_C = np.zeros((num_sums, *array.shape[1:]), np.int64 if is_integer else np.float64)
+        dtype = np.dtype(np.int64 if is_integer else np.float64)
+        entry_shape = array.shape[1:]
+        sums_C = np.zeros((num_sums, *entry_shape), dtype)
         first = 0
         for block in self.blocks(name):
-            columns, sums = _sum_by_column(block, starts_C, first, sums_C.dtype)
+            columns, sums = _sum_by_column(block, starts_C, first, dtype)
             sums_C[columns] += sums  # a column may begin in one block and go on in the next
             first += len(block)
         ends_C = np.append(starts_C[1:], self.num_entries)[:num_sums]
-        return self.steps[ends_C - 1], sums_C
+        last_steps_C = self.steps[ends_C - 1]
+        return last_steps_C, sums_C
 
     @functools.cached_property
     def counts_SNE(self) -> Int64[np.ndarray, "S N E"]:
@@ -173,7 +176,9 @@ def _sum_by_column(
       The columns that have entries in the block, and their sums.
     """
     entries = np.arange(first, first + len(block))
-    column_of_entry = np.searchsorted(starts_C, entries, side="right") - 1
-    begins = np.flatnonzero(np.diff(column_of_entry, prepend=-1))
+    num_begun = np.searchsorted(starts_C, entries, side="right")
+    column_of_entry = num_begun - 1
+    is_begin = np.diff(column_of_entry, prepend=-1)
+    begins = np.flatnonzero(is_begin)
     sums = np.add.reduceat(block, begins, axis=0, dtype=dtype)
     return column_of_entry[begins], sums
