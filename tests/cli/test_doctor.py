@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from moejax.cli import main
 from moejax.moe.dispatch import on_device as local

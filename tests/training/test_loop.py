@@ -296,7 +296,7 @@ def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
         assert locate(setup, state, batch, knobs) == "the state of a router"
         bad_loss = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
         place = locate(setup, state, batch, bad_loss)
-        assert re.search(r"the gradient of moe/.* in layer 2", place)
+        assert re.search(r"the gradient of ffn/.* in layer 2", place)
         down = state.params.stacks[1].block.ffn.experts.down
         down[...] = down[...].at[1].set(3e38)
         assert locate(setup, state, batch, knobs) == "layer 2 (output)"

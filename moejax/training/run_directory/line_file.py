@@ -178,26 +178,25 @@ class Line(NamedTuple):
 def read_lines(texts: Iterable[bytes]) -> Iterator[Line]:
     """Yields the lines of a file, except empty ones and a last one that a crash has cut off.
 
-    That is a last line that is not JSON. No beginning of a JSON object is JSON itself, so that a
-    line of which only the line break is missing is known to be complete.
+    That is one without a line break that is not JSON. No beginning of a JSON object is JSON itself,
+    so that a line of which only the line break is missing is known to be complete.
 
     Args:
       texts: what an open file yields.
     """
-    doubtful: Line | None = None  # it is damaged if another one follows, or else cut off
     end = 0
     for number, text in enumerate(texts, start=1):
         end += len(text)
         if not text.strip():
             continue
-        if doubtful is not None:
-            yield doubtful
-            doubtful = None
-        text = text.removesuffix(b"\n") + b"\n"
+        has_break = text.endswith(b"\n")
+        if not has_break:
+            text += b"\n"
         try:
             values = json.loads(text.decode())
         except (ValueError, RecursionError) as error:
-            doubtful = Line(number, end, text, None, str(error))
+            if has_break:
+                yield Line(number, end, text, None, str(error))
             continue
         if isinstance(values, dict) and type(values.get("step")) is int:
             yield Line(number, end, text, values, "")

@@ -61,7 +61,7 @@ def test_the_manifest_lists_every_array_with_shape_and_dtype(saved):
     config, _, expected = saved
     entries = manifest(make(config, 8).abstract)
     assert len(entries) == len(expected)
-    assert entries["params/stacks/0/block/moe/router/kernel"] == {
+    assert entries["params/stacks/0/block/ffn/router/kernel"] == {
         "shape": [2, 32, 4],
         "dtype": "float32",
     }
@@ -73,7 +73,7 @@ def test_the_manifest_lists_every_array_with_shape_and_dtype(saved):
         (
             "moe",
             {"num_experts": 8},
-            r"moe/experts/down is float32\[2, 4, 16, 32\].*but float32\[2, 8, 16, 32\]",
+            r"ffn/experts/down is float32\[2, 4, 16, 32\].*but float32\[2, 8, 16, 32\]",
         ),
         ("model", {"tied_embeddings": False}, r"unembedding is absent in the checkpoint"),
     ],
@@ -106,7 +106,7 @@ def test_arrays_that_another_version_named_differently_are_refused_as_such():
             entries("params/w", "params/latent_down"),
             "folder",
         )
-    with pytest.raises(CheckpointError, match="params/b is absent in the checkpoint"):
+    with pytest.raises(CheckpointError, match="params/w is absent in the checkpoint"):
         compare_manifests(entries("params/a"), entries("params/w", "params/b"), "folder")
 
 

@@ -18,7 +18,6 @@ def test_a_last_line_that_a_crash_cut_off_is_left_out(tmp_path):
     for length in range(1, len(line) - 2):
         assert metrics_of(tmp_path, line + line[:length]) == [1]
     assert metrics_of(tmp_path, line + line[:-1]) == [1, 1]  # only its end is missing
-    assert metrics_of(tmp_path, line + b"{\n\n") == [1]
     assert metrics_of(tmp_path, b"") == []
 
 
@@ -27,7 +26,7 @@ ALARM = b'{"step": 1, "rule": "ties", "state": "on", "layers": [0]}\n'
 
 @pytest.mark.parametrize(
     ("tail", "num_lines"),
-    [(b'{"step"', 1), (b'{"step"\n', 1), (b"\0\0", 1), (b"\n\n", 1), (ALARM[:-1], 2), (ALARM, 2)],
+    [(b'{"step"', 1), (b"\0\0", 1), (b"\n\n", 1), (ALARM[:-1], 2), (ALARM, 2)],
 )
 def test_writer_and_readers_know_the_same_last_line(tmp_path, tail, num_lines):
     for name in ("metrics.jsonl", "alarms.jsonl"):
@@ -42,6 +41,20 @@ def test_writer_and_readers_know_the_same_last_line(tmp_path, tail, num_lines):
     file.append({"step": 2})
     file.close()
     assert (tmp_path / "alarms.jsonl").read_bytes() == ALARM * num_lines + b'{"step": 2}\n'
+
+
+def test_a_last_line_with_a_line_break_was_not_cut_off_and_is_damaged(tmp_path, caplog):
+    (tmp_path / "alarms.jsonl").write_bytes(ALARM + b'{"step"\n')
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + b'{"step"\n')
+    with pytest.raises(LineError, match=r"line 2 is damaged \("):
+        list(RunDirectory(tmp_path).read_metrics())
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        read_alarms(tmp_path)
+    viewer = MetricsReader(tmp_path / "metrics.jsonl")
+    viewer.read_on(2**20)
+    assert "line 2 is damaged" in viewer.problem
+    assert len(LineFile(tmp_path / "alarms.jsonl", 1, None, lambda line: True).lines) == 1
+    assert "a part of its history is lost or damaged" in caplog.text
 
 
 @pytest.mark.parametrize("line", [b"{", b"\xff", b"[" * 100_000])
