@@ -301,7 +301,7 @@ def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
         down[...] = down[...].at[1].set(3e38)
         assert locate(setup, state, batch, knobs) == "layer 2 (output)"
         down[...] = down[...].at[0].set(np.nan)
-        parameter = "parameter stacks/1/block/moe/experts/down"
+        parameter = "parameter stacks/1/block/ffn/experts/down"
         assert locate(setup, state, batch, knobs) == parameter
 
 
