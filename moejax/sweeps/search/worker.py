@@ -15,6 +15,7 @@ Optuna has heartbeats (`RDBStorage(heartbeat_interval=...)`), retries (`fail_sta
 
 - A journal has no heartbeat. So they could take the place of `liveness.py` and `successor_of`, a
   tenth of this folder, for databases alone, and both would stay here for journals.
+- Heartbeats are recorded within `Study.optimize` alone, which trains each trial that it draws.
 - A trial whose worker dies before its first heartbeat runs for ever.
 - Who notices a death fails the trial and then adds its successor: a death in between loses the
   point.

@@ -13,7 +13,11 @@ from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrial
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+    # Optuna warns that a trial that is asked for has no heartbeat outside of Study.optimize.
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed:UserWarning"),
+]
 
 
 class Retry(RetryHeartbeatStaleTrialCallback):
