@@ -117,11 +117,16 @@ def evaluate(
       The evaluation of each run; none if it was given up.
     """
     sums = EvaluationSums(domains)
+    output = None
     for batch in batches:
         if should_stop():
             return []
         inputs = [program.put_batch(x) for x in eval_inputs(batch, domains)]
-        sums.add(eval_step(params, router_state, *inputs))
+        # Batches do not depend on each other. On several CPU devices their programs would all
+        # start, and wait for ever for threads that the others hold.
+        jax.block_until_ready(output)
+        output = eval_step(params, router_state, *inputs)
+        sums.add(output)
     return [sums.result(num_bytes, own) for own in program.outputs(sums.collected)]
 
 

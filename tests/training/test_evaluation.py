@@ -89,6 +89,33 @@ def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num
     assert evaluation.loss == pytest.approx(weighted, rel=1e-5)
 
 
+def test_one_batch_is_evaluated_at_a_time():
+    config = cases.small_config(mesh={"data": 2}, model={"num_layers": 1})
+    setup = cases.make(config, 2)
+    state = cases.initial_state(setup)
+    program = Program(setup)
+    real_step = program.make_eval_step(0)
+    was_ready, outputs = [], []
+
+    @jax.jit
+    def after_a_while(nats):
+        matrix = jax.lax.fori_loop(0, 300, lambda _, x: x @ x / 600, jnp.ones((600, 600)))
+        return nats + 0 * matrix[0, 0]
+
+    def slow_step(params, router_state, batch):
+        if outputs:
+            was_ready.append(outputs[-1].sums.nats.is_ready())
+        output = real_step(params, router_state, batch)
+        sums = dataclasses.replace(output.sums, nats=after_a_while(output.sums.nats))
+        outputs.append(dataclasses.replace(output, sums=sums))
+        return outputs[-1]
+
+    every = [cases.packed_batch(config, seed) for seed in range(3)]
+    with jax.set_mesh(setup.mesh):
+        evaluate(program, slow_step, state.params, state.router_state, iter(every), 100)
+    assert was_ready == [True, True]
+
+
 def test_the_probe_is_the_first_row_of_batches_spread_over_the_split(monkeypatch):
     monkeypatch.setattr("moejax.training.evaluation.PROBE_ROWS", 4)
     config = cases.small_config(moe={"num_experts": 4}, model={"num_layers": 2})
