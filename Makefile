@@ -19,7 +19,7 @@ help:
 	@echo 'make train   set up .venv and train $(CONFIG) in runs/$(RUN), or continue that run'
 	@echo 'make test    set up .venv, lint, and run the tests: 10 minutes on two cores, half that the second time'
 	@echo 'make test-slow  run the tests that take minutes, and none of the others'
-	@echo 'make test-all  both, as continuous integration does: 40 minutes on two cores'
+	@echo 'make test-all  both: 40 minutes on two cores'
 	@echo 'make soak    try it out for an hour: kills, flipped bits, two writers, mistakes; prints what was wrong'
 	@echo 'make lint    check format, style and types, changing nothing'
 	@echo 'make bench   measure import, compilation and a training step'
