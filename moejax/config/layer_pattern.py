@@ -262,8 +262,10 @@ def _without_unfit(kind: MoeConfig) -> MoeConfig:
     Losses and knobs are set for the entire model, so a layer that cannot have one leaves it out
     rather than refusing it.
     """
-    losses = [name for name, spec in LOSS_SPECS.items() if kind.router not in spec.routers]
-    unfit = [f"{name}_weight" for name in losses]
+    unfit = []
+    for name, spec in LOSS_SPECS.items():
+        if kind.router not in spec.fitting_routers:
+            unfit.append(f"{name}_weight")
     if kind.score == "uniform":
         unfit.append("jitter")
     zeros: dict[str, Any] = dict.fromkeys(unfit, 0.0)

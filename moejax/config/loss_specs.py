@@ -13,9 +13,6 @@ from moejax.config.router_rules import ROUTER_RULES
 
 Section = TypeVar("Section", bound=type)
 
-ANY_ROUTER = tuple(ROUTER_RULES)
-TOKEN_CHOICE = tuple(name for name, rules in ROUTER_RULES.items() if rules.takes_capacity)
-
 
 @dataclasses.dataclass(frozen=True)
 class LossSpec:
@@ -24,8 +21,9 @@ class LossSpec:
     Attributes:
       meaning: what it is; the leaf means "weight of" that.
       default: its weight unless a recipe sets another.
-      routers: those that it fits. Others refuse it; a layer that only `moe.per_layer` gives such a
-        router goes without it.
+      routers: those that it fits, if it was made for some. Others refuse it; a layer that only
+        `moe.per_layer` gives such a router goes without it.
+      needs_token_choice: whether it fits only routers in which tokens choose experts.
       statistic: the field of `RoutingStats` that is collected for it alone, where its weight is
         above 0; "" if the sums that are always collected suffice.
       is_always_logged: whether it is computed where its weight is 0, too.
@@ -36,11 +34,22 @@ class LossSpec:
 
     meaning: str
     default: float = 0.0
-    routers: tuple[str, ...] = ANY_ROUTER
+    routers: tuple[str, ...] | None = None
+    needs_token_choice: bool = False
     statistic: str = ""
     is_always_logged: bool = False
     estimates_load: bool = False
     divides_by_noise: bool = False
+
+    @property
+    def fitting_routers(self) -> tuple[str, ...]:
+        """The routers that it fits, of all in `ROUTER_RULES`, to which a notebook may add some."""
+        return tuple(name for name in ROUTER_RULES if self._fits(name))
+
+    def _fits(self, router: str) -> bool:
+        if self.routers is not None:
+            return router in self.routers
+        return ROUTER_RULES[router].takes_capacity or not self.needs_token_choice
 
 
 LOSS_SPECS = {
@@ -49,14 +58,14 @@ LOSS_SPECS = {
     ),
     "sequence_balance": LossSpec(
         "DeepSeek-V3's balance loss within each sequence",
-        routers=TOKEN_CHOICE,
+        needs_token_choice=True,
         statistic="sequence_balance",
     ),
     "importance": LossSpec(
-        "Shazeer's importance loss, on the sums of weights", routers=TOKEN_CHOICE
+        "Shazeer's importance loss, on the sums of weights", needs_token_choice=True
     ),
     "vmoe_importance": LossSpec(
-        "V-MoE's importance loss, on the sums of all probabilities", routers=TOKEN_CHOICE
+        "V-MoE's importance loss, on the sums of all probabilities", needs_token_choice=True
     ),
     "load": LossSpec(
         "Shazeer's load loss, on the expected load",

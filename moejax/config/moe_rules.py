@@ -225,9 +225,9 @@ def _validate_loss(moe: MoeConfig, name: str, spec: LossSpec) -> None:
     weight = getattr(moe, f"{name}_weight")
     given = f"moe.{name}_weight={weight}"
     require(
-        moe.router in spec.routers,
+        moe.router in spec.fitting_routers,
         f"{given} does not go with moe.router={moe.router}; set 0, or use one of "
-        f"{', '.join(spec.routers)}",
+        f"{', '.join(spec.fitting_routers)}",
     )
     if spec.estimates_load:
         _validate_load_loss(moe, given)

@@ -57,7 +57,7 @@ SPECIMENS = {
 
 def with_loss(name, weight=0.1):
     """Returns leaves of `moe` that give a loss a weight, with a router that it fits."""
-    routers = LOSS_SPECS[name].routers
+    routers = LOSS_SPECS[name].fitting_routers
     default = declared()["moe.router"].default
     router = {} if default in routers else {"router": routers[0]}
     return {f"{name}_weight": weight} | router

@@ -16,6 +16,7 @@ from moejax.config import (
     declared,
     resolve,
 )
+from moejax.config.router_rules import RouterRules
 from moejax.moe.balancing.losses import LOSSES
 from moejax.moe.balancing.stats import STATISTICS, RoutingStats
 
@@ -40,21 +41,31 @@ def test_a_loss_is_accepted_with_a_router_that_it_fits_and_refused_with_any_othe
     weight = f"{name}_weight"
     accepted = resolve({"moe": with_loss(name)}, typed=[f"moe.{weight}"])
     assert accepted.moe.weighted_losses[name] is spec
-    for router in ROUTER_RULES.keys() - {*spec.routers}:
+    for router in ROUTER_RULES.keys() - {*spec.fitting_routers}:
         moe = SMALL["moe"] | ROUTER_CASES[router] | {"router": router, weight: 0.1}
         with pytest.raises(ConfigError) as caught:
             resolve({"moe": moe})
         message = str(caught.value)
         assert message.startswith(f"moe.{weight}=0.1 does not go with moe.router={router}; set 0")
-        assert message.endswith(", ".join(spec.routers))
+        assert message.endswith(", ".join(spec.fitting_routers))
+
+
+def test_losses_go_with_a_router_that_is_added_later_as_in_a_notebook(monkeypatch):
+    monkeypatch.setitem(ROUTER_RULES, "added", RouterRules(("softmax",)))
+    moe = resolve({"moe": SMALL["moe"] | {"router": "added", "importance_weight": 0.1}}).moe
+    assert moe.weighted_losses.keys() == {"balance", "importance", "z"}
+    with pytest.raises(ConfigError, match=r"moe\.load_weight=0\.1 does not go with .*=added"):
+        resolve({"moe": SMALL["moe"] | {"router": "added", "load_weight": 0.1}})
 
 
 @pytest.mark.parametrize("name", LOSS_SPECS)
 def test_what_is_said_of_a_loss_holds_together(name):
     spec = LOSS_SPECS[name]
-    fits_all = len(spec.routers) == len(ROUTER_RULES)
+    fits_all = len(spec.fitting_routers) == len(ROUTER_RULES)
     # Where experts choose, only the sums that are always there are collected.
-    assert not spec.statistic or all(ROUTER_RULES[each].takes_capacity for each in spec.routers)
+    assert not spec.statistic or all(
+        ROUTER_RULES[each].takes_capacity for each in spec.fitting_routers
+    )
     assert fits_all or not (spec.default or spec.is_always_logged)
     assert spec.estimates_load or not spec.divides_by_noise
     assert declared()[f"moe.{name}_weight"].leaf.at_least == 0

@@ -58,7 +58,8 @@ def _num_zero_computation(output: str) -> Any:
 
 def _weight(name: str, spec: LossSpec) -> Any:
     """Returns the leaf of the weight of a loss."""
-    return leaf(spec.default, f"weight of {spec.meaning}", at_least=0, needs=_one_of(spec.routers))
+    needs = _one_of(spec.fitting_routers)
+    return leaf(spec.default, f"weight of {spec.meaning}", at_least=0, needs=needs)
 
 
 def _one_of(routers: tuple[str, ...]) -> Need | None:
