@@ -17,7 +17,7 @@ os.environ.update(compiler_settings())
 # Half of the time of the tests is compilation: what another file, process or session has compiled
 # is read from a folder.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = compilation_cache_folder()
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.01")
 
 # The user's key, by which runs of these tests are known as the user's own, ends with the
 # session, too.
