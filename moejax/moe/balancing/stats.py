@@ -181,7 +181,7 @@ class _Parts(NamedTuple):
 
     @classmethod
     def of_tokens(cls, num_tokens: int, length: int, num_devices: int) -> "_Parts":
-        """Returns the parts of so many tokens in sequences of this length."""
+        """Returns the parts of that many tokens in sequences of this length."""
         return cls(num_devices, num_tokens // length)
 
     def num_scopes(self, balance_scope: str) -> int:

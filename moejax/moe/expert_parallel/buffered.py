@@ -129,7 +129,7 @@ class _Traffic:
 
 
 def _traffic(num_tokens: int, strategy: Strategy, inputs: DeviceInputs) -> _Traffic:
-    """Returns what a device sends of so many tokens."""
+    """Returns what a device sends of that many tokens."""
     num_devices = jax.lax.axis_size(EXPERT_AXES)
     return _Traffic(
         num_tokens=num_tokens,
