@@ -224,11 +224,11 @@ def _check_chunks(config: Config, sizes: dict[str, int]) -> None:
 
 def _splits(config: Config) -> list[tuple[str, int, str]]:
     """Returns keys, their values, and the axis that splits each."""
-    model, moe = config.model, config.moe
+    model, attention, moe = config.model, config.attention, config.moe
     splits = [
         ("model.d_model", model.d_model, "fsdp"),
-        ("model.num_heads", model.num_heads, "tensor"),
-        ("model.num_kv_heads", model.num_kv_heads, "tensor"),
+        ("attention.num_heads", attention.num_heads, "tensor"),
+        ("attention.num_kv_heads", attention.num_kv_heads, "tensor"),
         ("data.vocab_size", config.vocab_size, "tensor"),
         ("data.seq_len", config.data.seq_len, "context"),
     ]

@@ -8,8 +8,8 @@ from moejax.config.moe_rules import validate_moe
 from moejax.config.schema.leaf import check_range
 from moejax.config.schema.tree import declared
 from moejax.config.sections.alarms import validate_alarms
+from moejax.config.sections.attention import validate_attention
 from moejax.config.sections.data import validate_data
-from moejax.config.sections.model import validate_model
 from moejax.config.sections.moe import MoeConfig
 from moejax.config.sections.root import Config
 from moejax.config.sections.schedules import validate_schedules
@@ -18,7 +18,7 @@ from moejax.config.sections.train import validate_optimizer, validate_train
 
 def validate(config: Config) -> None:
     """Raises `ConfigError` for combinations that cannot work, whatever the number of devices."""
-    validate_model(config.model)
+    validate_attention(config.attention, config.model)
     if config.moe.num_experts:
         _validate_layers(config)
     validate_schedules(config.schedule, config.moe, set(config.layers))

@@ -40,12 +40,12 @@ class Decoder(nnx.Module):
         width = config.model.d_model
         shape = (config.vocab_size, width)
         # Standard deviation 1/sqrt(D) gives logits of unit scale; `embed` multiplies by sqrt(D) on
-        # the way in.
+        # the way in, unless the model has another multiplier.
         init = jax.nn.initializers.normal(width**-0.5)
         embedding_VD = init(rngs.params(), shape)
         self.embedding = nnx.Param(embedding_VD, axes=("vocab", "embed"))
         self.stacks = nnx.List(make_stacks(config, rngs))
-        self.final_norm = RMSNorm(width)
+        self.final_norm = RMSNorm(width, config.model.norm_epsilon)
         if not config.model.tied_embeddings:
             unembedding_VD = init(rngs.params(), shape)
             self.unembedding = nnx.Param(unembedding_VD, axes=("vocab", "embed"))
@@ -118,7 +118,7 @@ class Decoder(nnx.Module):
         model = self.config.model
         embedding_VD = gather_fsdp(self.embedding, model.compute_dtype)
         x_BLD = constrain_tokens(embedding_VD[tokens_BL])
-        return x_BLD * model.d_model**0.5
+        return x_BLD * (model.embedding_multiplier or model.d_model**0.5)
 
     def head(self) -> Head:
         """Returns the map from normalised hidden states to logits."""
@@ -178,10 +178,11 @@ def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Bloc
     model = config.model
     dtype = jnp.dtype(model.compute_dtype)
     width = model.d_model
-    attention = Attention(model, dtype, rngs=rngs)
+    epsilon = model.norm_epsilon
+    attention = Attention(config.attention, width, dtype, norm_epsilon=epsilon, rngs=rngs)
     if moe is None:
         ffn = FeedForward(width, model.d_ff, dtype, rngs=rngs)
-        return Block(width, attention, ffn)
+        return Block(width, attention, ffn, norm_epsilon=epsilon)
     moe_layer = MoE(
         moe,
         width,
@@ -190,7 +191,7 @@ def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Bloc
         active_top_k=_first_active_top_k(config, moe),
         rngs=rngs,
     )
-    return Block(width, attention, moe_layer)
+    return Block(width, attention, moe_layer, norm_epsilon=epsilon)
 
 
 def _first_active_top_k(config: Config, moe: MoeConfig) -> int | None:

@@ -17,7 +17,8 @@ from moejax.training.program import Program
 from moejax.training.state import TrainSetup, TrainState, make_train_setup
 
 SMALL: dict[str, dict[str, Any]] = {
-    "model": {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "d_ff": 32},
+    "model": {"num_layers": 2, "d_model": 32, "d_ff": 32},
+    "attention": {"num_heads": 4, "num_kv_heads": 2},
     "moe": {"num_experts": 4, "top_k": 2, "d_expert": 16, "balance_weight": 0.1, "z_weight": 0.01},
     "data": {"tokenizer": "bytes", "seq_len": 16, "source": "synthetic"},
     "train": {"batch_size": 8, "num_steps": 4},
