@@ -239,6 +239,8 @@ def _splits(config: Config) -> list[tuple[str, int, str]]:
     # Empty in a dense model; moe.per_layer may make groups differ.
     for kind in config.moe_groups:
         splits.append(("moe.d_expert", kind.d_expert, "tensor"))
+        if kind.d_shared:
+            splits.append(("moe.d_shared", kind.shared_width, "tensor"))
     for kind in config.moe_groups:
         if kind.d_latent:
             splits.append(("moe.d_latent", kind.d_latent, "fsdp"))

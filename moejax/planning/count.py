@@ -234,7 +234,7 @@ def _shared(moe: MoeConfig, network: Network, d_model: int) -> tuple[int, int]:
     """Counts weights and biases of what every token visits in addition to its experts."""
     constant_experts = moe.num_constant_experts * d_model
     gate = d_model if moe.shared_combine == "gated" else 0
-    d_shared = moe.num_shared_experts * moe.d_expert
+    d_shared = moe.shared_width
     if not d_shared:
         return gate + constant_experts, 0
     shared_experts = _weights(network, d_model, d_shared)

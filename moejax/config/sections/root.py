@@ -34,12 +34,16 @@ class Config:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: the tokenizer's ids, which are padded for bytes."""
+        """Rows of the embedding: the tokenizer's ids, which are padded for bytes, if not set."""
+        if self.model.vocab_size:
+            return self.model.vocab_size
         return self.data.vocab_size if self.data.tokenizer == "bpe" else BYTE_EMBEDDING_ROWS
 
     @property
     def num_token_ids(self) -> int:
         """Ids that are tokens: all rows of the embedding but the padding for bytes."""
+        if self.model.vocab_size:
+            return self.model.vocab_size
         return self.data.vocab_size if self.data.tokenizer == "bpe" else BYTE_VOCAB_SIZE
 
     @property
