@@ -6,7 +6,7 @@ model computes (`WITHOUT_MEANING`). What a table does not know is refused by nam
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from moejax.config import ConfigError, check_key
 from moejax.interop.hf.errors import HfError
@@ -37,6 +37,7 @@ Leaves = dict[str, Any]
 """Values of leaves by dotted key."""
 
 
+@runtime_checkable
 class Entry(Protocol):
     """An entry of a table: some keys of `config.json`, and the leaves that they set."""
 
@@ -91,12 +92,10 @@ class Fixed:
     Attributes:
       key: of `config.json`.
       value: the only one; also what the reference takes where the key is absent.
-      leaves: leaves of the family that no key sets.
     """
 
     key: str
     value: Any
-    also: tuple[Any, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -106,7 +105,7 @@ class Fixed:
     def read(self, published: Mapping[str, Any]) -> Leaves:
         """Returns no leaf; refuses another value."""
         value = published.get(self.key, self.value)
-        if value != self.value and value not in self.also:
+        if value != self.value:
             raise HfError(
                 f"{self.key}={value!r} is not implemented; only {self.key}={self.value!r} is"
             )
@@ -135,13 +134,8 @@ class Always:
         return {self.leaf: self.value}
 
     def write(self, leaves: Leaves) -> dict[str, Any]:
-        """Returns nothing; refuses a model that has another value."""
-        found = leaves[self.leaf]
-        if found != self.value:
-            raise HfError(
-                f"{self.leaf}={found} does not fit the family, in which it is {self.value}; "
-                "choose another family, or --to_hf without one"
-            )
+        """Returns nothing: the file does not say it."""
+        del leaves
         return {}
 
 

@@ -43,6 +43,7 @@ DECODER: tuple[Entry, ...] = (
 )
 """Keys of a decoder with grouped-query attention and SwiGLU."""
 
+
 def _refuse_windows(published: Mapping[str, Any]) -> Leaves:
     """Raises `HfError` for attention that sees a window; a width alone turns none on."""
     kinds = set(first_of(published, ("layer_types",), [])) - {"full_attention"}

@@ -7,8 +7,7 @@ tensors: gate and up projections of each expert are parts of one array.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import einops
 import numpy as np
@@ -99,7 +98,7 @@ class Tensor:
         return {name: sizes[name] for name in names}
 
 
-def expand(tensors: tuple[Tensor, ...], num_experts: int) -> Iterator[Tensor]:
+def expand(tensors: Sequence[Tensor], num_experts: int) -> Iterator[Tensor]:
     """Yields the tensors of a layer one by one, those of experts for each of them."""
     for tensor in tensors:
         if not tensor.is_per_expert:

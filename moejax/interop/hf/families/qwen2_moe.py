@@ -1,7 +1,7 @@
 """Qwen1.5-MoE and Qwen2-MoE."""
 
 from moejax.interop.hf.family import Family
-from moejax.interop.hf.keys import Always, Fixed, Key
+from moejax.interop.hf.keys import Always, Key
 from moejax.interop.hf.llama import (
     ATTENTION,
     DECODER,
