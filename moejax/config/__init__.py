@@ -48,3 +48,4 @@ from moejax.config.sections.schedules import active_top_k_of as active_top_k_of
 from moejax.config.sections.schedules import parse_schedule as parse_schedule
 from moejax.config.sections.train import OptimizerConfig as OptimizerConfig
 from moejax.config.sections.train import TrainConfig as TrainConfig
+from moejax.config.validation import check_vocabulary as check_vocabulary

@@ -28,6 +28,20 @@ def validate(config: Config) -> None:
     validate_alarms(config.alarms)
 
 
+def check_vocabulary(config: Config) -> None:
+    """Raises `ConfigError` if the tokenizer has more ids than the embedding rows.
+
+    This is for training; a released model may come with no tokenizer, or one of its own.
+    """
+    num_rows = config.model.vocab_size
+    num_ids = config.num_tokenizer_ids
+    require(
+        not num_rows or num_rows >= num_ids,
+        f"model.vocab_size={num_rows} must be at least {num_ids}, the ids of "
+        f"data.tokenizer={config.data.tokenizer}; set 0 to have as many",
+    )
+
+
 def _validate_layers(config: Config) -> None:
     """Checks each distinct MoE layer once; an error names the first layer of its kind."""
     moe = config.moe

@@ -83,7 +83,9 @@ class Block(nnx.Module):
       norm_epsilon: of both norms.
     """
 
-    def __init__(self, width: int, mixer: Mixer, ffn: MoE | FeedForward, *, norm_epsilon: float):
+    def __init__(
+        self, width: int, mixer: Mixer, ffn: MoE | FeedForward, *, norm_epsilon: float = 1e-6
+    ):
         self.mixer_norm = RMSNorm(width, norm_epsilon)
         self.mixer = mixer
         self.ffn_norm = RMSNorm(width, norm_epsilon)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 
 import jax
@@ -14,12 +15,14 @@ from moejax.config import (
     SECTIONS,
     ConfigError,
     check_key,
+    check_vocabulary,
     default,
     leaves,
     resolve,
     resolve_recorded,
     to_config_dict,
     to_dict,
+    with_defaults,
 )
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS
 from moejax.moe.router import ROUTERS
@@ -183,7 +186,7 @@ def test_the_remedies_that_messages_name_work():
         try:
             resolve(nested({"model.d_model": d_model}))
         except ConfigError as error:
-            assert resolve(nested({"model.d_model": int(str(error).split("use ")[1])}))
+            assert resolve(nested({"model.d_model": int(re.search(r"use (\d+)", str(error))[1])}))
 
 
 def test_more_choices_than_experts_are_refused_before_their_width():
@@ -253,3 +256,13 @@ def test_a_run_that_was_recorded_with_leaves_of_attention_in_the_section_model_i
     assert resolve_recorded({"model": {"qk_norm": False}}) == resolve({})
     with pytest.raises(ConfigError, match=r"model\.num_heads .*attention\.num_heads"):
         resolve(recorded)
+
+
+def test_an_embedding_of_its_own_size_must_have_a_row_for_every_id_that_is_trained_on():
+    config = resolve(nested({"model.vocab_size": 300, "data.tokenizer": "bytes"}))
+    assert (config.vocab_size, config.num_token_ids) == (300, 300)
+    check_vocabulary(config)
+    check_vocabulary(resolve({}))
+    few = resolve(nested({"model.vocab_size": 258, "data.tokenizer": "bytes"}))
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=258 must be at least 259"):
+        check_vocabulary(few)

@@ -23,7 +23,9 @@ class ModelConfig:
         may_be_unread=True,
     )
     vocab_size: int = leaf(
-        0, "rows of the embedding, as of a released model; 0: those of the tokenizer", at_least=0
+        0,
+        "rows of the embedding, such as those of a released model; 0: the tokenizer's",
+        at_least=0,
     )
     tied_embeddings: bool = leaf(True, "one matrix for the embedding and the logits")
     norm_epsilon: float = leaf(1e-6, "added to the mean square in every norm", above=0)

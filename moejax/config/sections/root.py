@@ -42,8 +42,11 @@ class Config:
     @property
     def num_token_ids(self) -> int:
         """Ids that are tokens: all rows of the embedding but the padding for bytes."""
-        if self.model.vocab_size:
-            return self.model.vocab_size
+        return self.model.vocab_size or self.num_tokenizer_ids
+
+    @property
+    def num_tokenizer_ids(self) -> int:
+        """Ids of the tokenizer."""
         return self.data.vocab_size if self.data.tokenizer == "bpe" else BYTE_VOCAB_SIZE
 
     @property
