@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -13,6 +14,8 @@ from moejax.interop.hf.errors import HfError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = tuple(np.dtype(each) for each in (np.float32, ml_dtypes.bfloat16, np.float16))
+"""The types of weights that are read."""
 
 
 class Weights:
@@ -56,10 +59,18 @@ class Weights:
         self._unused.remove(name)
         file_name = self._file_of[name]
         try:
-            return self._files[file_name].get_tensor(name)
+            tensor = self._files[file_name].get_tensor(name)
         except (SafetensorError, AttributeError, TypeError) as error:
             path = self._folder / file_name
             raise HfError(f"{name} of {path} cannot be read ({_line(error)})") from error
+        if tensor.dtype not in FLOATS:
+            raise HfError(
+                f"{name} has the type {tensor.dtype}; weights must be "
+                f"{', '.join(str(dtype) for dtype in FLOATS)}"
+            )
+        if not np.isfinite(tensor).all():
+            raise HfError(f"{name} holds values that are not finite; get the files again")
+        return tensor
 
     def check_all_used(self, ignored: Collection[str] = ()) -> None:
         """Raises `HfError` if a tensor was not taken, but for those that are ignored."""
@@ -84,7 +95,12 @@ class Weights:
                 if file_of.get(name) != file_name:
                     raise HfError(f"{name} is in {file_name}, and {INDEX} does not say so")
                 found[name] = file_name
-        for name in file_of.keys() - found.keys():
+        files = {path.name for path in self._folder.glob("*.safetensors")}
+        for file_name in sorted(files - set(file_of.values())):
+            raise HfError(
+                f"{self._folder / file_name} is not in {INDEX}; move it away, or get both again"
+            )
+        for name in sorted(file_of.keys() - found.keys()):
             raise HfError(f"{INDEX} says that {name} is in {file_of[name]}, and it is not")
         return found
 
