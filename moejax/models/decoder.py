@@ -1,9 +1,10 @@
 """The decoder-only transformer: dense, MoE, or both in a pattern."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -45,6 +46,8 @@ class Decoder(nnx.Module):
         embedding_VD = init(rngs.params(), shape)
         self.embedding = nnx.Param(embedding_VD, axes=("vocab", "embed"))
         self.stacks = nnx.List(make_stacks(config, rngs))
+        if config.attention.window:
+            _set_windows(self.stacks, config)
         self.final_norm = RMSNorm(width, config.model.norm_epsilon)
         if not config.model.tied_embeddings:
             unembedding_VD = init(rngs.params(), shape)
@@ -147,6 +150,21 @@ class Decoder(nnx.Module):
             num_parts=logits_parts,
             length_parts=length_parts,
         )
+
+
+def _set_windows(stacks: Sequence[Stack], config: Config) -> None:
+    """Gives each layer its window; layers of a stack are made alike."""
+    windows = np.array(config.attention.windows(config.model.num_layers), np.int32)
+    first = 0
+    for stack, group in zip(stacks, config.layer_groups, strict=True):
+        num = group.num * len(group.kinds)
+        windows_NX = jnp.asarray(windows[first : first + num].reshape(group.num, -1))
+        first += num
+        block = stack.block
+        if isinstance(block, InterleavedBlock):
+            block.dense.block.mixer.window[...] = windows_NX[:, :-1]
+            block = block.moe_block
+        block.mixer.window[...] = windows_NX[:, -1]
 
 
 def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:

@@ -159,6 +159,8 @@ def _outside_feed_forward(config: Config) -> _Layer:
         vectors += d_query + d_kv
     if attention.qkv_bias:
         vectors += d_query + 2 * d_kv
+    if attention.sinks:
+        vectors += attention.num_heads
     if attention.out_bias:
         vectors += d_model
     layers = model.num_layers * (projections + vectors)

@@ -5,7 +5,16 @@ from typing import Literal
 
 from moejax.config.errors import ConfigError, divisors, require
 from moejax.config.schema.leaf import leaf
+from moejax.config.schema.needs import other_than, value
 from moejax.config.sections.model import ModelConfig
+
+HAS_YARN = value("attention.rope_scaling", "yarn")
+
+FULL = 2**30
+"""A window that is as wide as any text."""
+
+WINDOW_KINDS = ("window", "full")
+"""What `attention.window_layers` lists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +32,61 @@ class AttentionConfig:
     clip_qkv: float = leaf(
         0.0, "largest magnitude of queries, keys and values; 0: no limit", at_least=0
     )
+    window: int = leaf(
+        0,
+        "keys that a query sees in layers with a window, its own the last; 0: no layer has one",
+        at_least=0,
+    )
+    window_layers: str = leaf(
+        "window",
+        "which layers have the window: window or full for each in turn, such as window, full",
+        needs=other_than("attention.window", 0),
+    )
+    sinks: bool = leaf(False, "a learned score of each head, to which no key belongs")
     rope_theta: float = leaf(10_000.0, "base of the rotary position embedding", at_least=1)
+    rope_scaling: Literal["none", "yarn"] = leaf(
+        "none", "how rotary frequencies are changed for longer texts than those of training"
+    )
+    rope_factor: float = leaf(
+        4.0, "how much longer texts are than rope_original_length", at_least=1, needs=HAS_YARN
+    )
+    rope_original_length: int = leaf(
+        4096, "tokens of a text in training before", at_least=1, needs=HAS_YARN
+    )
+    rope_beta_fast: float = leaf(
+        32.0, "turns within that length from which on a frequency stays", above=0, needs=HAS_YARN
+    )
+    rope_beta_slow: float = leaf(
+        1.0,
+        "turns within that length up to which a frequency is divided by the factor",
+        above=0,
+        needs=HAS_YARN,
+    )
+    rope_truncate: bool = leaf(
+        True, "round the ends of the ramp between both to whole pairs", needs=HAS_YARN
+    )
+    rope_magnitude: float = leaf(
+        0.0,
+        "factor on rotated queries and keys; 0: 0.1 ln(rope_factor) + 1",
+        at_least=0,
+        needs=HAS_YARN,
+    )
+
+    def windows(self, num_layers: int) -> tuple[int, ...]:
+        """Returns how many keys a query sees in each layer; `FULL` where there is no window."""
+        kinds = [kind.strip() for kind in self.window_layers.split(",")]
+        widths = {"window": self.window, "full": FULL}
+        return tuple(widths[kinds[layer % len(kinds)]] for layer in range(num_layers))
 
 
 def validate_attention(attention: AttentionConfig, model: ModelConfig) -> None:
     """Raises `ConfigError` for numbers of heads that do not divide what they split."""
+    for kind in attention.window_layers.split(","):
+        require(
+            kind.strip() in WINDOW_KINDS,
+            f"attention.window_layers={attention.window_layers!r} must list window or full for "
+            "each layer in turn, such as window, full",
+        )
     # Rotary embeddings turn pairs of features, so a head has an even width.
     if attention.head_dim:
         require(

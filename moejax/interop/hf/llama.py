@@ -5,6 +5,7 @@ from typing import Any
 
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.keys import Always, Entry, Fixed, Key, Leaves, Mapped, first_of
+from moejax.interop.hf.rope import ROPE_SCALING
 from moejax.interop.hf.tensors import Tensor
 
 
@@ -38,7 +39,7 @@ DECODER: tuple[Entry, ...] = (
     Key("tie_word_embeddings", "model.tied_embeddings", default=False),
     Mapped(("num_attention_heads", "num_key_value_heads", "head_dim"), _read_head, _write_head),
     Fixed("hidden_act", "silu"),
-    Fixed("rope_scaling", None),
+    ROPE_SCALING,
     Always("model.embedding_multiplier", 1.0),
 )
 """Keys of a decoder with grouped-query attention and SwiGLU."""

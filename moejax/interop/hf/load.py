@@ -52,16 +52,27 @@ def load_model(folder: str | Path) -> Decoder:
     """
     folder = resolve_path(folder)
     config, family = read_config(folder)
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-    graphdef, state = nnx.split(abstract)
-    arrays = named_arrays(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state))
+    graphdef, params, others = _empty_model(config)
+    arrays = named_arrays(params)
     with Weights(folder) as weights:
         for name, array, tensors in arrays_with_tensors(config, family, arrays):
             _fill(Target(name, array), tensors, weights)
         weights.check_all_used([name for name in weights.names if family.is_ignored(name)])
-    filled = [jax.numpy.asarray(array) for array in arrays.values()]
-    structure = jax.tree.structure(state)
-    return nnx.merge(graphdef, jax.tree.unflatten(structure, filled))
+    return nnx.merge(graphdef, jax.tree.map(jax.numpy.asarray, params), others)
+
+
+def _empty_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Returns the structure of a model, parameters to be filled, and what else it carries."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+    graphdef, abstract_params, _ = nnx.split(abstract, nnx.Param, ...)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_params)
+
+    @jax.jit
+    def make_others():
+        model = Decoder(config, rngs=nnx.Rngs(params=0))
+        return nnx.split(model, nnx.Param, ...)[2]
+
+    return graphdef, params, make_others()
 
 
 def _family_of(path: Path, published: Mapping[str, Any]) -> Family:

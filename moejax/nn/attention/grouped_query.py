@@ -13,6 +13,7 @@ from moejax.nn.attention.attend import attend
 from moejax.nn.mask import AttentionMask
 from moejax.nn.norm import RMSNorm
 from moejax.nn.positions import rotate
+from moejax.nn.rope_scaling import yarn_frequencies, yarn_magnitude
 from moejax.sharding import gather_fsdp
 
 
@@ -41,6 +42,13 @@ class KVCache:
             k_BSGA=self.k_BSGA.at[row_B1, positions_BL].set(k_BLGA),
             v_BSGA=self.v_BSGA.at[row_B1, positions_BL].set(v_BLGA),
         )
+
+
+class LayerConstant(nnx.Variable):
+    """A number that layers of one kind do not share, and that the configuration gives them.
+
+    It has no gradient. As an array it passes through a scan over layers.
+    """
 
 
 class Attention(nnx.Module):
@@ -90,6 +98,10 @@ class Attention(nnx.Module):
         if config.qk_norm == "whole":
             self.query_norm = RMSNorm(heads * head, norm_epsilon)
             self.key_norm = RMSNorm(kv_heads * head, norm_epsilon)
+        if config.sinks:
+            self.sinks = nnx.Param(jnp.zeros(heads), axes=("heads",))
+        if config.window:
+            self.window = LayerConstant(jnp.int32(config.window), axes=())
         self.config = config
         self.head_dim = head
         self.dtype = dtype
@@ -120,15 +132,16 @@ class Attention(nnx.Module):
           The output and the cache with the new keys and values.
         """
         q_BLHA, k_BLGA, v_BLGA = self._project(x_BLD)
-        q_BLHA = rotate(q_BLHA, positions_BL, self.config.rope_theta)
-        k_BLGA = rotate(k_BLGA, positions_BL, self.config.rope_theta)
+        q_BLHA = self._rotate(q_BLHA, positions_BL)
+        k_BLGA = self._rotate(k_BLGA, positions_BL)
+        sinks_H = self.sinks[...] if self.config.sinks else None
         if cache is not None:
             cache = cache.with_positions(k_BLGA, v_BLGA, positions_BL)
-            mask = AttentionMask.of_cache(positions_BL)
-            y_BLHA = attend(q_BLHA, cache.k_BSGA, cache.v_BSGA, mask)
+            mask = self._within_window(AttentionMask.of_cache(positions_BL))
+            y_BLHA = attend(q_BLHA, cache.k_BSGA, cache.v_BSGA, mask, sinks_H)
         elif segments_BL is not None:
-            mask = AttentionMask.within_rows(segments_BL)
-            y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask)
+            mask = self._within_window(AttentionMask.within_rows(segments_BL))
+            y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask, sinks_H)
         else:
             raise ValueError(
                 "attention within rows needs segments_BL, and attention to a cache needs cache; "
@@ -138,6 +151,21 @@ class Attention(nnx.Module):
         if self.config.out_bias:
             y_BLD += self.out_bias[...].astype(self.dtype)[None, None]
         return y_BLD, cache
+
+    def _rotate(self, x_BLHA: jax.Array, positions_BL: jax.Array) -> jax.Array:
+        """Turns queries or keys by their positions."""
+        config = self.config
+        if config.rope_scaling == "none":
+            return rotate(x_BLHA, positions_BL, config.rope_theta)
+        frequency_a = yarn_frequencies(config, self.head_dim // 2)
+        magnitude = yarn_magnitude(config)
+        return rotate(x_BLHA, positions_BL, config.rope_theta, frequency_a, magnitude)
+
+    def _within_window(self, mask: AttentionMask) -> AttentionMask:
+        """Returns the mask with the layer's window, if the model has any."""
+        if not self.config.window:
+            return mask
+        return dataclasses.replace(mask, window=self.window[...])
 
     def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns queries, keys and values before positions are known."""

@@ -72,6 +72,6 @@ def test_a_model_with_dense_layers_and_experts_of_ours_is_read_back(tmp_path):
 def test_a_model_that_is_none_of_the_family_is_refused_by_its_leaf(sections, leaf, tmp_path):
     model = {"embedding_multiplier": 1.0, "tied_embeddings": False} | sections.pop("model", {})
     config = small_config(model=model, **sections)
-    with pytest.raises(HfError, match=f"{leaf} .*does not fit the family mixtral"):
+    with pytest.raises(HfError, match=f"{leaf} does not fit the family mixtral"):
         save_model(Decoder(config, rngs=nnx.Rngs(params=0)), tmp_path / "out", "mixtral")
     assert not (tmp_path / "out").exists()

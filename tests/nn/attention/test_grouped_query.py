@@ -26,11 +26,24 @@ EPSILON = 1e-4
 turn = jax.jit(functools.partial(rotate, theta=THETA))
 
 
-def rotate_with_complex_numbers(x_A, position):
+def frequencies(config):
+    """The angle of each pair of dimensions at position 1, by the formulas of YaRN if it is on."""
+    plain = [THETA ** (-2 * i / HEAD) for i in range(HEAD // 2)]
+    if config.rope_scaling == "none":
+        return np.array(plain)
+    turns = [config.rope_original_length * each / (2 * np.pi) for each in plain]
+    # Pair 0 turns 6.4 times within 40 positions, pair 1 0.64 times: the ramp of whole pairs goes
+    # from pair 0, which stays, to pair 1, which is slowed down.
+    assert 1 < turns[0] < 32 and turns[1] < 1
+    return np.array([plain[0], plain[1] / config.rope_factor])
+
+
+def rotate_with_complex_numbers(x_A, position, frequency_a=None):
     """Dimensions i and i + A/2 as one complex number, turned by position * theta^(-2i/A)."""
     half = len(x_A) // 2
-    angles = position * THETA ** (-2 * np.arange(half) / len(x_A))
-    turned = (x_A[:half] + 1j * x_A[half:]) * np.exp(1j * angles)
+    if frequency_a is None:
+        frequency_a = THETA ** (-2 * np.arange(half) / len(x_A))
+    turned = (x_A[:half] + 1j * x_A[half:]) * np.exp(1j * position * frequency_a)
     return np.concatenate([turned.real, turned.imag])
 
 
@@ -75,6 +88,8 @@ def test_position_0_is_not_turned_and_no_position_changes_a_length():
         (2, {"qk_norm": "head", "qkv_bias": True, "out_bias": True, "head_dim": HEAD}),
         (2, {"qk_norm": "whole", "clip_qkv": 0.7}),
         (2, {"clip_qkv": 0.3, "qkv_bias": True}),
+        (2, {"window": 2, "sinks": True}),
+        (1, {"rope_scaling": "yarn", "rope_factor": 8.0, "rope_original_length": 40}),
     ],
 )
 def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, options):
@@ -85,7 +100,7 @@ def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, opti
         rngs = nnx.Rngs(params=0)
         return Attention(config, width, jnp.dtype("float32"), norm_epsilon=EPSILON, rngs=rngs)
 
-    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    graphdef, abstract, constants = nnx.split(make(), nnx.Param, ...)
     rng = np.random.default_rng(kv_heads)
     state = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) / 2, jnp.float32), abstract)
     w = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(state))
@@ -116,18 +131,24 @@ def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, opti
         v_A = v_HA[head]
         if config.qk_norm == "head" and name != "value":
             v_A = norm(v_A, w[f"{name}_norm"]["scale"])
-        return v_A if name == "value" else rotate_with_complex_numbers(v_A, positions_BL[b, i])
+        if name == "value":
+            return v_A
+        turned_A = rotate_with_complex_numbers(v_A, positions_BL[b, i], frequencies(config))
+        return turned_A * (0.1 * np.log(8) + 1 if config.rope_scaling == "yarn" else 1)
 
     expected = np.zeros((B, L, width))
     for b, i, h in np.ndindex(B, L, HEADS):
         shared = h // (HEADS // kv_heads)
-        seen = [j for j in range(i + 1) if segments_BL[b, j] == segments_BL[b, i]]
+        first = i - config.window + 1 if config.window else 0
+        seen = [j for j in range(i + 1) if segments_BL[b, j] == segments_BL[b, i] and j >= first]
         scores = [
             vector("query", b, i, h) @ vector("key", b, j, shared) / np.sqrt(HEAD) for j in seen
         ]
+        if config.sinks:
+            scores.append(w["sinks"][h])
         mixed_A = sum(
             p * vector("value", b, j, shared)
-            for p, j in zip(oracle.softmax(scores), seen, strict=True)
+            for p, j in zip(oracle.softmax(scores), seen, strict=False)
         )
         expected[b, i] += mixed_A @ w["out"][h]
     if config.out_bias:
@@ -135,7 +156,7 @@ def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, opti
 
     @jax.jit
     def run(x_BLD, positions_BL, segments_BL):
-        return nnx.merge(graphdef, state)(x_BLD, positions_BL, segments_BL)[0]
+        return nnx.merge(graphdef, state, constants)(x_BLD, positions_BL, segments_BL)[0]
 
     y_BLD = run(x_BLD, positions_BL, segments_BL)
     # Padded queries (segment 0) attend among themselves; nothing reads them, but they are finite.
