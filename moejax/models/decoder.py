@@ -1,6 +1,7 @@
 """The decoder-only transformer: dense, MoE, or both in a pattern."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +161,7 @@ def _set_windows(stacks: Sequence[Stack], config: Config) -> None:
         num = group.num * len(group.kinds)
         windows_NX = jnp.asarray(windows[first : first + num].reshape(group.num, -1))
         first += num
-        block = stack.block
+        block: Any = stack.block
         if isinstance(block, InterleavedBlock):
             block.dense.block.mixer.window[...] = windows_NX[:, :-1]
             block = block.moe_block

@@ -10,7 +10,7 @@ def rotate(
     x_BLHA: Float[Array, "B L H A"],
     positions_BL: Int[Array, "B L"],
     theta: float,
-    frequency_a: Float[np.ndarray, "a"] | None = None,
+    frequency_a: Float[np.ndarray, "a"] | Float[Array, "a"] | None = None,
     magnitude: float = 1.0,
 ) -> Float[Array, "B L H A"]:
     """Rotates each pair of dimensions i and i + A/2 by the angle position * theta^(-2i/A).

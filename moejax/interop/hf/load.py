@@ -64,13 +64,14 @@ def load_model(folder: str | Path) -> Decoder:
 def _empty_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Returns the structure of a model, parameters to be filled, and what else it carries."""
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-    graphdef, abstract_params, _ = nnx.split(abstract, nnx.Param, ...)
+    graphdef, abstract_params, *_ = nnx.split(abstract, nnx.Param, ...)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_params)
 
     @jax.jit
     def make_others():
         model = Decoder(config, rngs=nnx.Rngs(params=0))
-        return nnx.split(model, nnx.Param, ...)[2]
+        _, _, *others = nnx.split(model, nnx.Param, ...)
+        return others[0]
 
     return graphdef, params, make_others()
 
