@@ -163,7 +163,8 @@ def _set_windows(stacks: Sequence[Stack], config: Config) -> None:
         first += num
         block: Any = stack.block
         if isinstance(block, InterleavedBlock):
-            block.dense.block.mixer.window[...] = windows_NX[:, :-1]
+            dense: Any = block.dense.block
+            dense.mixer.window[...] = windows_NX[:, :-1]
             block = block.moe_block
         block.mixer.window[...] = windows_NX[:, -1]
 

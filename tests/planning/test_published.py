@@ -12,11 +12,16 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 BILLIONS = {
     "mixtral_8x7b": (46.7, 12.9),
+    "published/gpt_oss_120b": (116.8, 5.7),
+    "published/gpt_oss_20b": (20.9, 4.2),
     "published/olmoe_1b_7b": (6.92, 1.28),
     "published/qwen1_5_moe_a2_7b": (14.3, 2.7),
     "published/qwen3_30b_a3b": (30.5, 3.35),
 }
-"""Total and active parameters as their authors give them, rounded."""
+"""Total and active parameters as their authors give them, rounded.
+
+Of gpt-oss, whose 5.1 and 3.6 billion active ones leave out the embedding, with its 0.6 billion.
+"""
 
 
 @pytest.mark.parametrize("name", BILLIONS)
