@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     config = moejax_config.default()
     config.model.num_layers = 2
     config.model.d_model = 32
-    config.model.num_heads = 2
-    config.model.num_kv_heads = 1
+    config.attention.num_heads = 2
+    config.attention.num_kv_heads = 1
     config.model.d_ff = 64
     config.model.remat = False
     config.moe.num_experts = 4

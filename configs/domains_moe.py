@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
     config = moejax_config.default()
     config.model.num_layers = 4
     config.model.d_model = 128
-    config.model.num_heads = 4
-    config.model.num_kv_heads = 2
+    config.attention.num_heads = 4
+    config.attention.num_kv_heads = 2
     config.model.d_ff = 256  # of the dense twin; two experts of half the width cost as much
     config.model.remat = False
     config.moe.num_experts = 16

@@ -19,8 +19,8 @@ def get_config() -> ConfigDict:
     config = moejax_config.default()
     config.model.num_layers = 2
     config.model.d_model = 64
-    config.model.num_heads = 4
-    config.model.num_kv_heads = 2
+    config.attention.num_heads = 4
+    config.attention.num_kv_heads = 2
     config.model.d_ff = 128
     config.moe.num_experts = 16
     config.moe.top_k = 2

@@ -18,11 +18,11 @@ def get_config() -> ConfigDict:
     config = moejax_config.default()
     config.model.num_layers = 32
     config.model.d_model = 4096
-    config.model.num_heads = 32
-    config.model.num_kv_heads = 8
+    config.attention.num_heads = 32
+    config.attention.num_kv_heads = 8
     config.model.d_ff = 28672  # of the dense twin
     config.model.tied_embeddings = False
-    config.model.rope_theta = 1e6
+    config.attention.rope_theta = 1e6
     config.model.compute_dtype = "bfloat16"
     config.moe.num_experts = 8
     config.moe.top_k = 2

@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
     config = moejax_config.default()
     config.model.num_layers = 2
     config.model.d_model = 128
-    config.model.num_heads = 4
-    config.model.num_kv_heads = 2
+    config.attention.num_heads = 4
+    config.attention.num_kv_heads = 2
     config.model.d_ff = 256
     config.moe.num_experts = 8
     config.moe.top_k = 2

@@ -18,10 +18,10 @@ def get_config() -> ConfigDict:
     config = moejax_config.default()
     config.model.num_layers = 6
     config.model.d_model = 256
-    config.model.num_heads = 4
-    config.model.num_kv_heads = 2
+    config.attention.num_heads = 4
+    config.attention.num_kv_heads = 2
     config.model.d_ff = 768
-    config.model.qk_norm = True
+    config.attention.qk_norm = "head"
     config.model.remat = False
     config.moe.num_experts = 16
     config.moe.top_k = 2

@@ -224,11 +224,11 @@ def _check_chunks(config: Config, sizes: dict[str, int]) -> None:
 
 def _splits(config: Config) -> list[tuple[str, int, str]]:
     """Returns keys, their values, and the axis that splits each."""
-    model, moe = config.model, config.moe
+    model, attention, moe = config.model, config.attention, config.moe
     splits = [
         ("model.d_model", model.d_model, "fsdp"),
-        ("model.num_heads", model.num_heads, "tensor"),
-        ("model.num_kv_heads", model.num_kv_heads, "tensor"),
+        ("attention.num_heads", attention.num_heads, "tensor"),
+        ("attention.num_kv_heads", attention.num_kv_heads, "tensor"),
         ("data.vocab_size", config.vocab_size, "tensor"),
         ("data.seq_len", config.data.seq_len, "context"),
     ]
@@ -239,6 +239,8 @@ def _splits(config: Config) -> list[tuple[str, int, str]]:
     # Empty in a dense model; moe.per_layer may make groups differ.
     for kind in config.moe_groups:
         splits.append(("moe.d_expert", kind.d_expert, "tensor"))
+        if kind.d_shared:
+            splits.append(("moe.d_shared", kind.shared_width, "tensor"))
     for kind in config.moe_groups:
         if kind.d_latent:
             splits.append(("moe.d_latent", kind.d_latent, "fsdp"))

@@ -67,13 +67,18 @@ def test_a_mesh_that_does_not_fit_is_an_error_that_names_sizes_that_would(sizes,
         ),
         ({"mesh.expert": 8, "moe.num_experts": 4}, ["moe.num_experts=4", "mesh.expert=8", "use 8"]),
         (
-            {"mesh.fsdp": 8, "model.d_model": 36, "model.num_heads": 1, "model.num_kv_heads": 1},
+            {
+                "mesh.fsdp": 8,
+                "model.d_model": 36,
+                "attention.num_heads": 1,
+                "attention.num_kv_heads": 1,
+            },
             ["model.d_model=36", "mesh.fsdp=8", "32 or 40"],
         ),
-        ({"mesh.tensor": 4}, ["model.num_kv_heads=2", "mesh.tensor=4", "use 4"]),
+        ({"mesh.tensor": 4}, ["attention.num_kv_heads=2", "mesh.tensor=4", "use 4"]),
         (
-            {"mesh.tensor": 8, "model.num_kv_heads": 4},
-            ["model.num_heads=4", "mesh.tensor=8", "use 8"],
+            {"mesh.tensor": 8, "attention.num_kv_heads": 4},
+            ["attention.num_heads=4", "mesh.tensor=8", "use 8"],
         ),
         ({"mesh.tensor": 2, "moe.d_expert": 25}, ["moe.d_expert=25", "mesh.tensor=2", "24 or 26"]),
         (
@@ -207,7 +212,9 @@ def parameter_axes(changes):
 @pytest.fixture(scope="module")
 def all_axes():
     every_part = {
-        "model.qk_norm": True,
+        "attention.qk_norm": "head",
+        "attention.qkv_bias": True,
+        "attention.out_bias": True,
         "model.tied_embeddings": False,
         "moe.first_dense": 1,
         "moe.every": 2,

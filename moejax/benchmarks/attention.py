@@ -63,7 +63,7 @@ def bench_attention(config: Config, repetitions: int) -> dict[str, Any]:
 def _layer(config: Config, attention: Callable[..., jax.Array]) -> Callable[[], Any]:
     """Returns attention and its gradients for random inputs of one layer, as one call."""
     rows = (config.train.batch_size, config.data.seq_len)
-    num_heads, num_kv_heads = config.model.num_heads, config.model.num_kv_heads
+    num_heads, num_kv_heads = config.attention.num_heads, config.attention.num_kv_heads
     query_key, key_key, value_key, output_key = jax.random.split(jax.random.key(0), 4)
 
     def normal(key: jax.Array, heads: int) -> jax.Array:

@@ -35,7 +35,7 @@ def dense_twin(config: Config) -> Config:
     active_experts = min(moe.top_k, moe.num_experts)
     routed = active_experts * num_matrices * inner * moe.d_expert
     latent = 2 * d_model * moe.d_latent
-    shared = moe.num_shared_experts * num_matrices * d_model * moe.d_expert
+    shared = num_matrices * d_model * moe.shared_width
     active = routed + latent + shared
     width = round(active / (3 * d_model))
     return dataclasses.replace(

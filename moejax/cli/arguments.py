@@ -51,7 +51,7 @@ LEAF_SYNONYMS = {
     "layers": "model.num_layers",
     "width": "model.d_model",
     "hidden": "model.d_model",
-    "heads": "model.num_heads",
+    "heads": "attention.num_heads",
     "length": "data.seq_len",
     "dataset": "data.source",
 }

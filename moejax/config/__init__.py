@@ -34,6 +34,7 @@ from moejax.config.schema.unread import UnreadError as UnreadError
 from moejax.config.schema.unread import is_read as is_read
 from moejax.config.schema.unread import refuse_unread as refuse_unread
 from moejax.config.sections.alarms import AlarmConfig as AlarmConfig
+from moejax.config.sections.attention import AttentionConfig as AttentionConfig
 from moejax.config.sections.data import BYTE_VOCAB_SIZE as BYTE_VOCAB_SIZE
 from moejax.config.sections.data import DataConfig as DataConfig
 from moejax.config.sections.mesh import MeshConfig as MeshConfig
@@ -47,3 +48,4 @@ from moejax.config.sections.schedules import active_top_k_of as active_top_k_of
 from moejax.config.sections.schedules import parse_schedule as parse_schedule
 from moejax.config.sections.train import OptimizerConfig as OptimizerConfig
 from moejax.config.sections.train import TrainConfig as TrainConfig
+from moejax.config.validation import check_vocabulary as check_vocabulary

@@ -18,6 +18,9 @@ from moejax.config.validation import validate
 LEFT_OPEN: dict[str, Any] = {**UNDERIVED, "d_expert": 0}
 """Leaves of `moe` that are derived if they have these values, which are their defaults."""
 
+MOVED = ("num_heads", "num_kv_heads", "qk_norm", "rope_theta")
+"""Leaves of `attention` that were recorded in the section `model` at first."""
+
 
 def default() -> ConfigDict:
     """Returns every leaf with its default value, locked: what recipes in `configs/` start from."""
@@ -37,8 +40,9 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 def with_defaults(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns recorded sections of leaves, completed with the defaults of leaves added later."""
     completed = to_dict(Config())
+    moved = _with_leaves_moved(recorded)
     for section, defaults in completed.items():
-        given = recorded.get(section, {})
+        given = moved.get(section, {})
         completed[section] = {**defaults, **given}
     return completed
 
@@ -77,7 +81,7 @@ def resolve(source: object, *, typed: Collection[str] = (), varied: Collection[s
       ConfigError: an unknown key, a wrong type, a value out of range, an impossible combination, or
         a leaf that is set and that nothing reads under the other choices.
     """
-    config = resolve_recorded(source)
+    config = _resolve_sections(_to_mapping(source))
     refuse_unread(config, typed=typed, varied=varied)
     return config
 
@@ -85,17 +89,39 @@ def resolve(source: object, *, typed: Collection[str] = (), varied: Collection[s
 def resolve_recorded(source: object) -> Config:
     """Returns the configuration of an existing run or arm.
 
-    It does what `resolve` does, but leaves that nothing reads are no error.
+    It does what `resolve` does, but leaves that nothing reads are no error, and leaves may be in
+    the section where they were when the run was recorded.
 
     Raises:
       ConfigError: an unknown key, a wrong type, a value out of range or an impossible combination.
     """
+    return _resolve_sections(_with_leaves_moved(_to_mapping(source)))
+
+
+def _to_mapping(source: object) -> Mapping[str, Any]:
+    """Returns sections of leaves; raises `ConfigError` for anything else."""
     values = source.to_dict() if isinstance(source, ConfigDict) else source
     if not isinstance(values, Mapping):
         raise ConfigError(
             f"the configuration is {format_value(repr(values))}; it must be sections of leaves, "
             "such as moejax.config.default() gives"
         )
+    return values
+
+
+def _with_leaves_moved(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns recorded sections with the leaves of `MOVED` in the section where they are today."""
+    model = recorded.get("model")
+    if not isinstance(model, Mapping) or not set(MOVED) & model.keys():
+        return recorded
+    attention = {name: value for name, value in model.items() if name in MOVED}
+    if "qk_norm" in attention:
+        attention["qk_norm"] = "head" if attention["qk_norm"] else "none"
+    others = {name: value for name, value in model.items() if name not in MOVED}
+    return {**recorded, "model": others, "attention": attention}
+
+
+def _resolve_sections(values: Mapping[str, Any]) -> Config:
     for name in values:
         if name not in SECTIONS:
             raise ConfigError(

@@ -8,8 +8,8 @@ from moejax.config.moe_rules import validate_moe
 from moejax.config.schema.leaf import check_range
 from moejax.config.schema.tree import declared
 from moejax.config.sections.alarms import validate_alarms
+from moejax.config.sections.attention import validate_attention
 from moejax.config.sections.data import validate_data
-from moejax.config.sections.model import validate_model
 from moejax.config.sections.moe import MoeConfig
 from moejax.config.sections.root import Config
 from moejax.config.sections.schedules import validate_schedules
@@ -18,7 +18,7 @@ from moejax.config.sections.train import validate_optimizer, validate_train
 
 def validate(config: Config) -> None:
     """Raises `ConfigError` for combinations that cannot work, whatever the number of devices."""
-    validate_model(config.model)
+    validate_attention(config.attention, config.model)
     if config.moe.num_experts:
         _validate_layers(config)
     validate_schedules(config.schedule, config.moe, set(config.layers))
@@ -26,6 +26,20 @@ def validate(config: Config) -> None:
     validate_train(config.train)
     validate_optimizer(config.optimizer)
     validate_alarms(config.alarms)
+
+
+def check_vocabulary(config: Config) -> None:
+    """Raises `ConfigError` if the tokenizer has more ids than the embedding rows.
+
+    This is for training; a released model may come with no tokenizer, or one of its own.
+    """
+    num_rows = config.model.vocab_size
+    num_ids = config.num_tokenizer_ids
+    require(
+        not num_rows or num_rows >= num_ids,
+        f"model.vocab_size={num_rows} must be at least {num_ids}, the ids of "
+        f"data.tokenizer={config.data.tokenizer}; set 0 to have as many",
+    )
 
 
 def _validate_layers(config: Config) -> None:

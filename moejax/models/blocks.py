@@ -80,12 +80,15 @@ class Block(nnx.Module):
       width: of the residual stream, D.
       mixer: what a token learns from others of its row.
       ffn: what is done to each token: a MoE layer or a feed-forward network.
+      norm_epsilon: of both norms.
     """
 
-    def __init__(self, width: int, mixer: Mixer, ffn: MoE | FeedForward):
-        self.mixer_norm = RMSNorm(width)
+    def __init__(
+        self, width: int, mixer: Mixer, ffn: MoE | FeedForward, *, norm_epsilon: float = 1e-6
+    ):
+        self.mixer_norm = RMSNorm(width, norm_epsilon)
         self.mixer = mixer
-        self.ffn_norm = RMSNorm(width)
+        self.ffn_norm = RMSNorm(width, norm_epsilon)
         self.ffn = ffn
 
     @property

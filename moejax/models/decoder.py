@@ -1,9 +1,11 @@
 """The decoder-only transformer: dense, MoE, or both in a pattern."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -40,12 +42,14 @@ class Decoder(nnx.Module):
         width = config.model.d_model
         shape = (config.vocab_size, width)
         # Standard deviation 1/sqrt(D) gives logits of unit scale; `embed` multiplies by sqrt(D) on
-        # the way in.
+        # the way in, unless the model has another multiplier.
         init = jax.nn.initializers.normal(width**-0.5)
         embedding_VD = init(rngs.params(), shape)
         self.embedding = nnx.Param(embedding_VD, axes=("vocab", "embed"))
         self.stacks = nnx.List(make_stacks(config, rngs))
-        self.final_norm = RMSNorm(width)
+        if config.attention.window:
+            _set_windows(self.stacks, config)
+        self.final_norm = RMSNorm(width, config.model.norm_epsilon)
         if not config.model.tied_embeddings:
             unembedding_VD = init(rngs.params(), shape)
             self.unembedding = nnx.Param(unembedding_VD, axes=("vocab", "embed"))
@@ -118,7 +122,7 @@ class Decoder(nnx.Module):
         model = self.config.model
         embedding_VD = gather_fsdp(self.embedding, model.compute_dtype)
         x_BLD = constrain_tokens(embedding_VD[tokens_BL])
-        return x_BLD * model.d_model**0.5
+        return x_BLD * (model.embedding_multiplier or model.d_model**0.5)
 
     def head(self) -> Head:
         """Returns the map from normalised hidden states to logits."""
@@ -147,6 +151,22 @@ class Decoder(nnx.Module):
             num_parts=logits_parts,
             length_parts=length_parts,
         )
+
+
+def _set_windows(stacks: Sequence[Stack], config: Config) -> None:
+    """Gives each layer its window; layers of a stack are made alike."""
+    windows = np.array(config.attention.windows(config.model.num_layers), np.int32)
+    first = 0
+    for stack, group in zip(stacks, config.layer_groups, strict=True):
+        num = group.num * len(group.kinds)
+        windows_NX = jnp.asarray(windows[first : first + num].reshape(group.num, -1))
+        first += num
+        block: Any = stack.block
+        if isinstance(block, InterleavedBlock):
+            dense: Any = block.dense.block
+            dense.mixer.window[...] = windows_NX[:, :-1]
+            block = block.moe_block
+        block.mixer.window[...] = windows_NX[:, -1]
 
 
 def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:
@@ -178,10 +198,11 @@ def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Bloc
     model = config.model
     dtype = jnp.dtype(model.compute_dtype)
     width = model.d_model
-    attention = Attention(model, dtype, rngs=rngs)
+    epsilon = model.norm_epsilon
+    attention = Attention(config.attention, width, dtype, norm_epsilon=epsilon, rngs=rngs)
     if moe is None:
         ffn = FeedForward(width, model.d_ff, dtype, rngs=rngs)
-        return Block(width, attention, ffn)
+        return Block(width, attention, ffn, norm_epsilon=epsilon)
     moe_layer = MoE(
         moe,
         width,
@@ -190,7 +211,7 @@ def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Bloc
         active_top_k=_first_active_top_k(config, moe),
         rngs=rngs,
     )
-    return Block(width, attention, moe_layer)
+    return Block(width, attention, moe_layer, norm_epsilon=epsilon)
 
 
 def _first_active_top_k(config: Config, moe: MoeConfig) -> int | None:

@@ -92,8 +92,7 @@ class MoE(nnx.Module):
             self.zero_computation_experts = ZeroComputationExperts(config, d_model, rngs=rngs)
         if config.num_shared_experts:
             # The sum of several networks is one wider network.
-            d_shared = config.num_shared_experts * config.d_expert
-            self.shared = FeedForward(d_model, d_shared, dtype, network, rngs=rngs)
+            self.shared = FeedForward(d_model, config.shared_width, dtype, network, rngs=rngs)
         if config.shared_combine == "gated":
             gate_D1 = initialize(rngs.params(), (d_model, 1))
             self.shared_gate = nnx.Param(gate_D1, axes=("embed", "router"))

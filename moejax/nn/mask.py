@@ -23,20 +23,20 @@ class AttentionMask:
         keys are of its document.
       key_segments_BS: the document of each key, given together with `query_segments_BL`.
       is_causal: whether a query sees no key after its own position.
-      window: the most keys that a query sees, its own position last; with `is_causal` only. None:
-        any number.
+      window: the most keys that a query sees, its own position last; with `is_causal` only. A
+        number or an int32 scalar; None: any number.
     """
 
     query_positions_BL: Any = None
     query_segments_BL: Any = None
     key_segments_BS: Any = None
+    window: Any = None
     is_causal: bool = dataclasses.field(default=True, metadata={"static": True})
-    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self):
         if self.window is None:
             return
-        if self.window < 1:
+        if isinstance(self.window, int) and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or None for no window")
         if not self.is_causal:
             raise ValueError(
@@ -55,11 +55,14 @@ class AttentionMask:
         return cls(query_positions_BL=positions_BL)
 
     @property
+    def has_rows(self) -> bool:
+        """Whether queries and keys are the same positions of packed rows."""
+        return self.query_segments_BL is not None and self.query_positions_BL is None
+
+    @property
     def is_of_rows(self) -> bool:
         """Whether it is one that `within_rows` gives."""
-        is_plain = self.is_causal and self.window is None
-        has_segments = self.query_segments_BL is not None
-        return is_plain and has_segments and self.query_positions_BL is None
+        return self.has_rows and self.is_causal and self.window is None
 
     def with_positions(self, batch: int, length: int) -> "AttentionMask":
         """Returns the same mask with the positions of queries written out."""

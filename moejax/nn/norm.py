@@ -5,24 +5,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-EPSILON = 1e-6
-
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, computed in float32.
 
+    Args:
+      width: of the last axis, D.
+      epsilon: added to the mean square.
+
     Source: Zhang & Sennrich 2019, equation 4.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, epsilon: float = 1e-6):
         self.scale = nnx.Param(jnp.ones(width), axes=("norm",))
+        self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalises the last axis; returns the dtype of `x`."""
         dtype = x.dtype
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(x**2, axis=-1, keepdims=True)
-        inverse_rms = jax.lax.rsqrt(mean_square + EPSILON)
+        inverse_rms = jax.lax.rsqrt(mean_square + self.epsilon)
         leading_axes = tuple(range(x.ndim - 1))
         scale = jnp.expand_dims(self.scale[...], leading_axes)
         normed = x * inverse_rms * scale

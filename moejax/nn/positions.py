@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -9,6 +10,8 @@ def rotate(
     x_BLHA: Float[Array, "B L H A"],
     positions_BL: Int[Array, "B L"],
     theta: float,
+    frequency_a: Float[np.ndarray, "a"] | Float[Array, "a"] | None = None,
+    magnitude: float = 1.0,
 ) -> Float[Array, "B L H A"]:
     """Rotates each pair of dimensions i and i + A/2 by the angle position * theta^(-2i/A).
 
@@ -19,12 +22,20 @@ def rotate(
       x_BLHA: queries or keys.
       positions_BL: position of each token in its document.
       theta: base of the angles' geometric sequence.
+      frequency_a: the angle of each pair at position 1, in place of those of `theta`.
+      magnitude: a factor on the result.
     """
     dtype = x_BLHA.dtype
     num_pairs = x_BLHA.shape[-1] // 2
-    angle_BL1a = _angles(positions_BL, num_pairs, theta)
+    if frequency_a is None:
+        frequency_a = _frequencies(num_pairs, theta)
+    position_BL11 = positions_BL[..., None, None].astype(jnp.float32)
+    angle_BL1a = position_BL11 * frequency_a[None, None, None]
     cos_BL1a = jnp.cos(angle_BL1a)
     sin_BL1a = jnp.sin(angle_BL1a)
+    if magnitude != 1:
+        cos_BL1a *= magnitude
+        sin_BL1a *= magnitude
     x_BLHA = x_BLHA.astype(jnp.float32)
     first_BLHa, second_BLHa = jnp.split(x_BLHA, 2, axis=-1)
     rotated_first_BLHa = first_BLHa * cos_BL1a - second_BLHa * sin_BL1a
@@ -34,11 +45,8 @@ def rotate(
     return rotated_BLHA.astype(dtype)
 
 
-def _angles(positions_BL: jax.Array, num_pairs: int, theta: float) -> jax.Array:
-    """Returns the angle of each position and pair of dimensions, `[B, L, 1, a]`."""
+def _frequencies(num_pairs: int, theta: float) -> jax.Array:
+    """Returns the angle of each pair of dimensions at position 1, `[a]`."""
     pair_a = jnp.arange(num_pairs, dtype=jnp.float32)
     exponent_a = -pair_a / num_pairs
-    frequency_a = theta**exponent_a
-    position_BL11 = positions_BL[..., None, None]
-    position_BL11 = position_BL11.astype(jnp.float32)
-    return position_BL11 * frequency_a[None, None, None]
+    return theta**exponent_a

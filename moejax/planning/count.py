@@ -144,23 +144,32 @@ def _training_flops(row_flops: list[Flops], length: int) -> Flops:
 
 def _outside_feed_forward(config: Config) -> _Layer:
     """Counts the embeddings, and attention and the norms of all layers."""
-    model = config.model
+    model, attention = config.model, config.attention
     length = config.data.seq_len
     d_model = model.d_model
-    d_kv = model.num_kv_heads * config.head_dim
-    query_and_output = 2 * d_model * d_model
+    d_query = attention.num_heads * config.head_dim
+    d_kv = attention.num_kv_heads * config.head_dim
+    query_and_output = 2 * d_model * d_query
     key_and_value = 2 * d_model * d_kv
     projections = query_and_output + key_and_value
-    norms = 2 * d_model
-    if model.qk_norm:
-        norms += 2 * config.head_dim
-    layers = model.num_layers * (projections + norms)
+    vectors = 2 * d_model
+    if attention.qk_norm == "head":
+        vectors += 2 * config.head_dim
+    if attention.qk_norm == "whole":
+        vectors += d_query + d_kv
+    if attention.qkv_bias:
+        vectors += d_query + 2 * d_kv
+    if attention.sinks:
+        vectors += attention.num_heads
+    if attention.out_bias:
+        vectors += d_model
+    layers = model.num_layers * (projections + vectors)
     final_norm = d_model
     embedding = config.vocab_size * d_model
     num_embeddings = 1 if model.tied_embeddings else 2
     flops = Flops(
         projections=2 * length * projections * model.num_layers,
-        scores=2 * 2 * length**2 * d_model * model.num_layers,
+        scores=2 * 2 * length**2 * d_query * model.num_layers,
         logits=2 * length * embedding,
     )
     always = num_embeddings * embedding + final_norm + layers
@@ -227,7 +236,7 @@ def _shared(moe: MoeConfig, network: Network, d_model: int) -> tuple[int, int]:
     """Counts weights and biases of what every token visits in addition to its experts."""
     constant_experts = moe.num_constant_experts * d_model
     gate = d_model if moe.shared_combine == "gated" else 0
-    d_shared = moe.num_shared_experts * moe.d_expert
+    d_shared = moe.shared_width
     if not d_shared:
         return gate + constant_experts, 0
     shared_experts = _weights(network, d_model, d_shared)

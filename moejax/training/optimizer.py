@@ -8,7 +8,7 @@ from flax import nnx
 
 from moejax.config import Config, Knobs, OptimizerConfig
 
-STACKED = ("layers", "experts", "gate_up")
+STACKED = ("layers", "experts", "gate_up", "heads", "kv_heads")
 """Axes of stacks: what has no other axis but one is a vector, however many are stacked."""
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from moejax.config import Config, Knobs, MoeConfig
 from moejax.moe.balancing.state import update_bias, update_idle_steps, update_quantiles
 from moejax.moe.balancing.stats import RoutingStats
+from moejax.moe.router.modules import RouterState
 from moejax.training.schedules import factor
 
 
@@ -24,24 +25,24 @@ def update_router_state(
       config: of the training run.
       knobs: for the step of the bias.
     """
-    updated = []
+    updated = dict(nnx.to_flat_state(state))
     for (_, group), stats, moe in zip(_by_group(state), routing, config.moe_groups, strict=True):
         for name, (path, variable) in group.items():
             value = _update(name, variable[...], stats, moe, knobs)
-            updated.append((path, variable.replace(value)))
-    return nnx.from_flat_state(updated)
+            updated[path] = variable.replace(value)
+    return nnx.from_flat_state(updated.items())
 
 
 def schedule_router_state(state: nnx.State, config: Config, step: jax.Array | int) -> nnx.State:
     """Returns the state with what schedules set at a step: how many experts a token may visit."""
-    scheduled = []
+    scheduled = dict(nnx.to_flat_state(state))
     for (_, group), moe in zip(_by_group(state), config.moe_groups, strict=True):
         for name, (path, variable) in group.items():
             value = variable[...]
             if name == "active_top_k":
                 value = jnp.full_like(value, active_top_k_at(config, moe.top_k, step))
-            scheduled.append((path, variable.replace(value)))
-    return nnx.from_flat_state(scheduled)
+            scheduled[path] = variable.replace(value)
+    return nnx.from_flat_state(scheduled.items())
 
 
 def active_top_k_at(config: Config, top_k: int, step: jax.Array | int) -> jax.Array:
@@ -107,9 +108,14 @@ def state_metrics(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _by_group(state: nnx.State):
-    """Returns `(place, {name: (path, variable)})` of each group of MoE layers, in order."""
+    """Returns `(place, {name: (path, variable)})` of each group of MoE layers, in order.
+
+    Constants of layers, such as the window of attention, are in the state, too, and are left out.
+    """
     groups: dict[tuple, dict] = {}
     for path, variable in nnx.to_flat_state(state):
+        if not isinstance(variable, RouterState):
+            continue
         *place, name = path
         group = groups.setdefault(tuple(place), {})
         group[name] = (path, variable)

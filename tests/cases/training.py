@@ -17,7 +17,8 @@ from moejax.training.program import Program
 from moejax.training.state import TrainSetup, TrainState, make_train_setup
 
 SMALL: dict[str, dict[str, Any]] = {
-    "model": {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "d_ff": 32},
+    "model": {"num_layers": 2, "d_model": 32, "d_ff": 32},
+    "attention": {"num_heads": 4, "num_kv_heads": 2},
     "moe": {"num_experts": 4, "top_k": 2, "d_expert": 16, "balance_weight": 0.1, "z_weight": 0.01},
     "data": {"tokenizer": "bytes", "seq_len": 16, "source": "synthetic"},
     "train": {"batch_size": 8, "num_steps": 4},
@@ -119,6 +120,24 @@ OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they 
     "layers that differ": {
         "moe": {"per_layer": "0: router=hash; 1: dense; 2: top_k=1 renormalize=False"},
         "model": {"num_layers": 3},
+    },
+    "attention": {
+        "moe": {"first_dense": 1, "every": 2},
+        "model": {"num_layers": 5, "norm_epsilon": 1e-4, "embedding_multiplier": 1.0},
+        "attention": {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 12,
+            "qk_norm": "whole",
+            "qkv_bias": True,
+            "out_bias": True,
+            "clip_qkv": 1.5,
+            "window": 3,
+            "window_layers": "window, full, full",
+            "sinks": True,
+            "rope_scaling": "yarn",
+            "rope_original_length": 8,
+        },
     },
     "schedules": {
         "moe": {"top_k": 4, "renormalize": False, "jitter": 0.1, "selection_bias": True},

@@ -53,12 +53,12 @@ def test_json_has_every_leaf_with_what_is_known_of_it(capsys):
 
 def test_a_recipe_is_shown_by_what_it_changes_and_without_one_all_is_shown(capsys):
     rows = json.loads(printed(capsys, DEBUG, "--json"))
-    assert rows["model.d_model"]["value"] == 32 and "model.rope_theta" not in rows
+    assert rows["model.d_model"]["value"] == 32 and "attention.rope_theta" not in rows
     assert all(row["value"] != row["default"] for row in rows.values())
     defaults = json.loads(printed(capsys, "--json"))
     assert list(defaults) == list(declared())
     table = printed(capsys, DEBUG, "--config.train.seed=3")
-    assert "train.seed" in table and "model.rope_theta" not in table
+    assert "train.seed" in table and "attention.rope_theta" not in table
     assert "settings differ from their default; --all shows the others" in table
 
 

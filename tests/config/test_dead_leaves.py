@@ -77,4 +77,4 @@ def test_every_knob_is_read_somewhere():
 def test_a_leaf_that_nothing_reads_would_be_found():
     reads = {read for read in attribute_reads() if read[1] != "qk_norm"}
     reads |= PERMISSIONS | SCHEDULED | WATCHED
-    assert dead_leaves(reads) == ["model.qk_norm"]
+    assert dead_leaves(reads) == ["attention.qk_norm"]

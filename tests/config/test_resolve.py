@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 
 import jax
@@ -14,12 +15,14 @@ from moejax.config import (
     SECTIONS,
     ConfigError,
     check_key,
+    check_vocabulary,
     default,
     leaves,
     resolve,
     resolve_recorded,
     to_config_dict,
     to_dict,
+    with_defaults,
 )
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS
 from moejax.moe.router import ROUTERS
@@ -134,10 +137,13 @@ def test_a_common_name_is_answered_with_the_choice_that_is_meant(wrong, known, n
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model.d_model": 30}, ["model.d_model=30", "model.num_heads=4", "use 32"]),
+        ({"model.d_model": 30}, ["model.d_model=30", "attention.num_heads=4", "use 32"]),
         # Heads of odd width:
-        ({"model.d_model": 12}, ["model.d_model=12", "model.num_heads=4", "use "]),
-        ({"model.num_kv_heads": 3}, ["model.num_heads=4", "model.num_kv_heads=3", "1, 2, 4"]),
+        ({"model.d_model": 12}, ["model.d_model=12", "attention.num_heads=4", "use "]),
+        (
+            {"attention.num_kv_heads": 3},
+            ["attention.num_heads=4", "attention.num_kv_heads=3", "1, 2, 4"],
+        ),
         ({"moe.router": "switch"}, ["moe.router=switch", "moe.top_k=2", "1"]),
         ({"moe.top_k": 1}, ["moe.renormalize=True", "moe.top_k=1", "moe.renormalize=False"]),
         ({"moe.top_k": 3}, ["model.d_ff=1024", "moe.top_k=3", "set moe.d_expert"]),
@@ -173,14 +179,14 @@ def test_an_impossible_combination_is_refused_by_every_key_involved(changes, par
 
 
 def test_the_remedies_that_messages_name_work():
-    assert resolve(nested({"model.d_model": 32})) and resolve(nested({"model.num_kv_heads": 1}))
+    assert resolve(nested({"model.d_model": 32})) and resolve(nested({"attention.num_kv_heads": 1}))
     assert resolve(nested({"moe.top_k": 1, "moe.renormalize": False})).moe.d_expert == 1024
     assert resolve(nested({"moe.top_k": 3, "moe.d_expert": 341}))
     for d_model in range(1, 40):
         try:
             resolve(nested({"model.d_model": d_model}))
         except ConfigError as error:
-            assert resolve(nested({"model.d_model": int(str(error).split("use ")[1])}))
+            assert resolve(nested({"model.d_model": int(re.search(r"use (\d+)", str(error))[1])}))
 
 
 def test_more_choices_than_experts_are_refused_before_their_width():
@@ -208,7 +214,7 @@ def test_the_width_of_an_expert_is_derived_unless_it_is_given():
 def test_derived_properties_follow_their_sources():
     assert resolve({}).vocab_size == 4096
     assert resolve(nested({"data.tokenizer": "bytes"})).vocab_size == 320
-    assert resolve(nested({"model.num_heads": 8, "model.num_kv_heads": 8})).head_dim == 32
+    assert resolve(nested({"attention.num_heads": 8, "attention.num_kv_heads": 8})).head_dim == 32
     pattern = {"model.num_layers": 7, "moe.first_dense": 1, "moe.every": 2}
     assert resolve(nested(pattern)).num_moe_layers == 3
 
@@ -239,3 +245,24 @@ def test_the_default_config_dict_is_locked_and_holds_every_leaf():
 def test_a_resolved_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolve({}).moe.num_experts = 3
+
+
+def test_a_run_that_was_recorded_with_leaves_of_attention_in_the_section_model_is_read():
+    recorded = {"model": {"d_model": 48, "num_heads": 6, "num_kv_heads": 3, "qk_norm": True}}
+    config = resolve_recorded(recorded)
+    assert (config.attention.num_heads, config.attention.num_kv_heads) == (6, 3)
+    assert (config.attention.qk_norm, config.model.d_model) == ("head", 48)
+    assert with_defaults(recorded)["attention"]["num_heads"] == 6
+    assert resolve_recorded({"model": {"qk_norm": False}}) == resolve({})
+    with pytest.raises(ConfigError, match=r"model\.num_heads .*attention\.num_heads"):
+        resolve(recorded)
+
+
+def test_an_embedding_of_its_own_size_must_have_a_row_for_every_id_that_is_trained_on():
+    config = resolve(nested({"model.vocab_size": 300, "data.tokenizer": "bytes"}))
+    assert (config.vocab_size, config.num_token_ids) == (300, 300)
+    check_vocabulary(config)
+    check_vocabulary(resolve({}))
+    few = resolve(nested({"model.vocab_size": 258, "data.tokenizer": "bytes"}))
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=258 must be at least 259"):
+        check_vocabulary(few)

@@ -27,7 +27,8 @@ B, L, V = 2, 8, 320
 def config_of(**sections):
     """A tiny decoder; keyword arguments are sections of changes."""
     base = {
-        "model": {"num_layers": 2, "d_model": 8, "num_heads": 2, "num_kv_heads": 1, "d_ff": 12},
+        "model": {"num_layers": 2, "d_model": 8, "d_ff": 12},
+        "attention": {"num_heads": 2, "num_kv_heads": 1},
         "moe": {"num_experts": 4, "top_k": 2, "d_expert": 6},
         "data": {"tokenizer": "bytes", "seq_len": L},
     }
@@ -37,7 +38,8 @@ def config_of(**sections):
 PLAIN = config_of()
 CAPACITY = config_of(moe={"dispatch": "capacity", "capacity_factor": 2.0})
 RICH = config_of(  # dense, (dense, MoE), (dense, MoE), dense
-    model={"num_layers": 6, "tied_embeddings": False, "qk_norm": True},
+    model={"num_layers": 6, "tied_embeddings": False},
+    attention={"qk_norm": "head"},
     moe={"first_dense": 1, "every": 2, "num_shared_experts": 1, "renormalize": False},
 )
 DENSE = config_of(moe={"num_experts": 0})
@@ -417,7 +419,10 @@ def test_ids_that_are_no_token_have_no_part_in_losses_and_gradients(config):
 
 
 def test_qk_norm_and_grouped_queries_have_their_parameters_in_every_layer():
-    config = config_of(model={"num_layers": 3, "qk_norm": True, "num_heads": 4, "num_kv_heads": 2})
+    config = config_of(
+        model={"num_layers": 3},
+        attention={"qk_norm": "head", "num_heads": 4, "num_kv_heads": 2},
+    )
     attention = shapes_of(config)["stacks"][0]["block"]["mixer"]
     assert attention == {
         "query": (3, 8, 4, 2),

@@ -6,7 +6,7 @@ from moejax.benchmarks.step import dense_twin
 from moejax.config import resolve
 from moejax.models.parameters import count_parameters
 
-MODEL = {"num_layers": 4, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 40}
+MODEL = {"num_layers": 4, "d_model": 16, "d_ff": 40}  # with 4 heads, 2 of keys and values
 BYTES = {"tokenizer": "bytes"}  # 259 ids, rounded up to 320 rows
 EMBEDDING = 320 * 16
 # Query and output 16 x 16 each, key and value 16 x 2 heads x 4 each; two norms.
@@ -30,8 +30,9 @@ def test_a_moe_model_has_the_parameters_counted_by_hand_of_which_a_token_uses_k_
         "first_dense": 1,
         "every": 2,
     }
-    model = MODEL | {"tied_embeddings": False, "qk_norm": True}
-    count = count_parameters(resolve({"model": model, "data": BYTES, "moe": moe}))
+    model = MODEL | {"tied_embeddings": False}
+    sections = {"model": model, "attention": {"qk_norm": "head"}, "data": BYTES, "moe": moe}
+    count = count_parameters(resolve(sections))
     attention = ATTENTION + 2 * 4  # norms of query and key, one head wide
     dense, expert, router = 3 * 16 * 40, 3 * 16 * 24, 16 * 8
     # Layers 0, 1 and 3 are dense, layer 2 is MoE: after the first, every second of the rest.

@@ -75,11 +75,16 @@ def configurations(draw):
         )
     model = {
         "num_layers": one_of(3, 5),
-        "qk_norm": one_of(False, True),
         "tied_embeddings": one_of(False, True),
-        "num_kv_heads": one_of(1, 2, 4),
     }
-    return {"moe": moe, "model": model}
+    attention = {
+        "num_kv_heads": one_of(1, 2, 4),
+        "head_dim": one_of(0, 6, 24),
+        "qk_norm": one_of("none", "head", "whole"),
+        "qkv_bias": one_of(False, True),
+        "out_bias": one_of(False, True),
+    }
+    return {"moe": moe, "model": model, "attention": attention}
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,9 +133,12 @@ def without_remat(**sections):
 
 
 def test_a_dense_model_multiplies_what_its_compiled_step_multiplies():
-    other = {"num_kv_heads": 4, "tied_embeddings": False, "qk_norm": True, "num_layers": 3}
-    for model in ({}, other):
-        config = without_remat(moe={"num_experts": 0}, model=model)
+    other = {
+        "model": {"tied_embeddings": False, "num_layers": 3},
+        "attention": {"num_kv_heads": 4, "qk_norm": "head", "head_dim": 24},
+    }
+    for sections in ({}, other):
+        config = without_remat(moe={"num_experts": 0}, **sections)
         assert products_of_training(config) == count(config).flops_per_token
 
 

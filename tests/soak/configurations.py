@@ -30,8 +30,14 @@ MODEL_CHANGES = (
     {},
     {"remat": False},
     {"scan_layers": False},
-    {"qk_norm": True},
     {"tied_embeddings": False},
+)
+ATTENTION_CHANGES = (
+    {},
+    {"qk_norm": "head"},
+    {"qk_norm": "whole", "clip_qkv": 2.0},
+    {"qkv_bias": True, "out_bias": True},
+    {"head_dim": 12},
 )
 
 
@@ -57,13 +63,16 @@ def compare(seed: int) -> str:
     rng = np.random.default_rng(seed)
     case = _one_of(rng, [*ROUTER_CASES, *OTHER_CASES])
     moe = _one_of(rng, MOE_CHANGES)
-    model = _one_of(rng, MODEL_CHANGES)
+    decoder = {
+        "model": _one_of(rng, MODEL_CHANGES),
+        "attention": _one_of(rng, ATTENTION_CHANGES),
+    }
     mesh = {"data": 1} | _one_of(rng, MESHES)
     train = {"accumulation": _one_of(rng, (1, 2)), "batch_size": 16}
     exchange = {"exchange": _one_of(rng, EXCHANGES)}
     try:
-        here = case_config(case, moe=moe, model=model, train={"batch_size": 16}, mesh={"data": 1})
-        there = case_config(case, moe=moe | exchange, model=model, train=train, mesh=mesh)
+        here = case_config(case, moe=moe, **decoder, train={"batch_size": 16}, mesh={"data": 1})
+        there = case_config(case, moe=moe | exchange, **decoder, train=train, mesh=mesh)
         expected = run(here)
         actual = run(there, 8)
     except ConfigError:
@@ -72,7 +81,7 @@ def compare(seed: int) -> str:
         assert_same(actual, expected)
     except AssertionError as error:
         message = " ".join(str(error).split())[:600]
-        return f"{case} {mesh} {moe} {model} {train} {exchange}: {message}"
+        return f"{case} {mesh} {moe} {decoder} {train} {exchange}: {message}"
     return ""
 
 

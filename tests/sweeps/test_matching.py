@@ -18,7 +18,8 @@ E, K, SEED, WIDTH, D_FF, STEPS = (
     "moe.num_experts", "moe.top_k", "train.seed", "moe.d_expert", "model.d_ff", "train.num_steps",
 )  # fmt: skip
 BASE = {
-    "model": {"num_layers": 3, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "d_ff": 256},
+    "model": {"num_layers": 3, "d_model": 64, "d_ff": 256},
+    "attention": {"num_heads": 4, "num_kv_heads": 2},
     "moe": {"num_experts": 8, "top_k": 2, "d_expert": 128, "renormalize": False},
     "data": {"tokenizer": "bytes", "seq_len": 32, "source": "synthetic"},
     "train": {"batch_size": 8, "num_steps": 200},
@@ -111,7 +112,7 @@ def test_where_no_multiple_of_8_is_close_the_width_is_any_number():
 def test_widths_are_multiples_of_the_parts_they_are_split_into():
     base = changed(
         mesh={"tensor": 6}, moe={"num_experts": 8, "d_expert": 96},
-        model={"num_heads": 6, "num_kv_heads": 6, "d_model": 48},
+        model={"d_model": 48}, attention={"num_heads": 6, "num_kv_heads": 6},
         data={"tokenizer": "bpe", "vocab_size": 516},
     )  # fmt: skip
     plan = plan_arms(base, [{E: 12}, {E: 7}], match="total_params")

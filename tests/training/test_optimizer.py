@@ -58,11 +58,16 @@ def test_without_warm_up_the_first_step_has_the_full_rate():
 
 def test_everything_decays_but_norm_scales_and_biases():
     moe = {"expert_bias": True, "router_bias": True, "num_shared_experts": 1}
-    params = make(small_config(model={"qk_norm": True}, moe=moe)).abstract.params
+    attention = {"qk_norm": "head", "qkv_bias": True, "out_bias": True}
+    params = make(small_config(attention=attention, moe=moe)).abstract.params
     decays = {path: v.get_value() for path, v in nnx.to_flat_state(decay_mask(params))}
     assert {path[-1] for path, value in decays.items() if not value} == {
         "scale",
         "bias",
+        "query_bias",
+        "key_bias",
+        "value_bias",
+        "out_bias",
         "gate_up_bias",
         "down_bias",
     }

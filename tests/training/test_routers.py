@@ -28,9 +28,10 @@ ACCUMULATED = {
 }
 
 # What another case could change in a step: a bias that follows the counts of all microbatches and
-# devices, and slots of the whole batch. The rest differ from these in what is a function of each
-# token or sequence alone, or in other sums over the tokens: `make test-slow` compares their steps.
-ALWAYS = {"sigmoid_topk", "capacity of all"}
+# devices, slots of the whole batch, and attention. The rest differ from these in what is a function
+# of each token or sequence alone, or in other sums over the tokens: `make test-slow` compares their
+# steps.
+ALWAYS = {"sigmoid_topk", "capacity of all", "attention"}
 
 each_case = pytest.mark.parametrize(
     "case",

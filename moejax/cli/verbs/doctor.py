@@ -338,13 +338,12 @@ def _small_config(num_devices: int) -> Config:
     model = {
         "num_layers": 2,
         "d_model": 32 * num_devices,
-        "num_heads": 2,
-        "num_kv_heads": 1,
         "d_ff": 64,
     }
     return resolve(
         {
             "model": model,
+            "attention": {"num_heads": 2, "num_kv_heads": 1},
             "moe": {"num_experts": 4, "d_expert": 32},
             "data": {"tokenizer": "bytes", "seq_len": 32},
             "train": {"num_steps": 5, "batch_size": 2 * num_devices},

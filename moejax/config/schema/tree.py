@@ -81,8 +81,12 @@ def leaves() -> Iterator[tuple[str, Any]]:
 
 def check_key(key: str) -> None:
     """Raises `ConfigError`, which names the nearest key, unless `key` is a leaf: "moe.top_k"."""
-    if key not in declared():
-        raise ConfigError(f"{key} is not a config key; the nearest is {nearest(key, declared())}")
+    if key in declared():
+        return
+    _, _, name = key.partition(".")
+    of_that_name = [other for other, each in declared().items() if each.name == name]
+    meant = of_that_name[0] if of_that_name else nearest(key, declared())
+    raise ConfigError(f"{key} is not a config key; the nearest is {meant}")
 
 
 def read_value(key: str, text: str) -> Any:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Literal
 
-from moejax.config.errors import ConfigError, divisors, require
 from moejax.config.schema.leaf import leaf
 from moejax.config.schema.needs import DenseLayer, Derived, any_of
 
@@ -16,8 +15,6 @@ class ModelConfig:
         4, "layers, each of attention and a feed-forward block", at_least=1, at_most=10_000
     )
     d_model: int = leaf(256, "width of the residual stream", at_least=1)
-    num_heads: int = leaf(4, "query heads; the head width is d_model / num_heads", at_least=1)
-    num_kv_heads: int = leaf(2, "key and value heads, shared by groups of query heads", at_least=1)
     d_ff: int = leaf(
         1024,
         "hidden width of the dense feed-forward layers",
@@ -25,9 +22,16 @@ class ModelConfig:
         needs=any_of(DenseLayer(), Derived("moe.d_expert")),
         may_be_unread=True,
     )
-    qk_norm: bool = leaf(False, "RMSNorm on queries and keys")
+    vocab_size: int = leaf(
+        0,
+        "rows of the embedding, such as those of a released model; 0: the tokenizer's",
+        at_least=0,
+    )
     tied_embeddings: bool = leaf(True, "one matrix for the embedding and the logits")
-    rope_theta: float = leaf(10_000.0, "base of the rotary position embedding", at_least=1)
+    norm_epsilon: float = leaf(1e-6, "added to the mean square in every norm", above=0)
+    embedding_multiplier: float = leaf(
+        0.0, "factor on embeddings on the way in; 0: the square root of d_model", at_least=0
+    )
     compute_dtype: Literal["float32", "bfloat16"] = leaf(
         "float32", "dtype of matrix products; parameters are float32 either way"
     )
@@ -35,22 +39,3 @@ class ModelConfig:
     scan_layers: bool = leaf(
         True, "scan equal layers with one program; False unrolls them, which compiles longer"
     )
-
-
-def validate_model(model: ModelConfig) -> None:
-    """Raises `ConfigError` for numbers of heads that do not divide what they split."""
-    # Rotary embeddings turn pairs of features, so a head has an even width.
-    step = 2 * model.num_heads
-    nearest_width = step * max(1, round(model.d_model / step))
-    require(
-        model.d_model % step == 0,
-        f"model.d_model={model.d_model} must be an even multiple of "
-        f"model.num_heads={model.num_heads}; use {nearest_width}",
-    )
-    if model.num_heads % model.num_kv_heads:
-        fitting = divisors(model.num_heads, model.num_kv_heads)
-        raise ConfigError(
-            f"model.num_heads={model.num_heads} must be a multiple of "
-            f"model.num_kv_heads={model.num_kv_heads}; use one of {fitting} "
-            "for model.num_kv_heads"
-        )

@@ -97,6 +97,12 @@ class MoeConfig:
     num_shared_experts: int = leaf(
         0, "experts of width d_expert that every token visits", at_least=0
     )
+    d_shared: int = leaf(
+        0,
+        "hidden width of all shared experts together; 0: that of num_shared_experts of them",
+        at_least=0,
+        needs=other_than("moe.num_shared_experts", 0),
+    )
     shared_combine: Literal["sum", "gated", "averaged"] = leaf(
         "sum",
         "how shared experts join the routed output: added, added after a sigmoid gate of the "
@@ -305,6 +311,13 @@ class MoeConfig:
     bias_centered: bool = leaf(
         False, "subtract the mean of that bias after each step", needs=HAS_BIAS
     )
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of all shared experts together; 0 without any."""
+        if not self.num_shared_experts:
+            return 0
+        return self.d_shared or self.num_shared_experts * self.d_expert
 
     @property
     def num_choices(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from moejax.config.layer_pattern import LayerGroup, layer_groups, layer_kinds
 from moejax.config.sections.alarms import AlarmConfig
+from moejax.config.sections.attention import AttentionConfig
 from moejax.config.sections.data import BYTE_VOCAB_SIZE, DataConfig
 from moejax.config.sections.mesh import MeshConfig
 from moejax.config.sections.model import ModelConfig
@@ -22,6 +23,7 @@ class Config:
     """A resolved experiment: every leaf final, every combination checked."""
 
     model: ModelConfig = ModelConfig()
+    attention: AttentionConfig = AttentionConfig()
     moe: MoeConfig = MoeConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -32,18 +34,25 @@ class Config:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: the tokenizer's ids, which are padded for bytes."""
+        """Rows of the embedding: the tokenizer's ids, which are padded for bytes, if not set."""
+        if self.model.vocab_size:
+            return self.model.vocab_size
         return self.data.vocab_size if self.data.tokenizer == "bpe" else BYTE_EMBEDDING_ROWS
 
     @property
     def num_token_ids(self) -> int:
         """Ids that are tokens: all rows of the embedding but the padding for bytes."""
+        return self.model.vocab_size or self.num_tokenizer_ids
+
+    @property
+    def num_tokenizer_ids(self) -> int:
+        """Ids of the tokenizer."""
         return self.data.vocab_size if self.data.tokenizer == "bpe" else BYTE_VOCAB_SIZE
 
     @property
     def head_dim(self) -> int:
         """Width of an attention head."""
-        return self.model.d_model // self.model.num_heads
+        return self.attention.head_dim or self.model.d_model // self.attention.num_heads
 
     @property
     def layers(self) -> tuple[MoeConfig | None, ...]:

@@ -84,7 +84,7 @@ class Parts:
 
     def __init__(self, model: Decoder, at_once: bool | None = None):
         self.at_once = platform() != "cpu" if at_once is None else at_once
-        self.config = model.config.model
+        self.config = model.config
         self.model = nnx.split(model)
         blocks: list[Block] = [block for block, _ in model.walk()]
         self.blocks = [nnx.split(block) for block in blocks]

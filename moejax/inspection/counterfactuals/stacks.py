@@ -57,13 +57,13 @@ def bytes_per_intervention(parts: Parts, batch: Batch) -> int:
     them; and per token the residual stream and what is made of it, the scores of attention, and
     the hidden units of twice the experts that it visits.
     """
-    config = parts.config
+    config, num_heads = parts.config.model, parts.config.attention.num_heads
     num_tokens, length = batch.tokens_BL.size, batch.tokens_BL.shape[1]
     most = 0
     for moe in parts.moes:
         num_weights = sum(array.size for array in jax.tree.leaves(moe.experts.weights()))
         hidden = 2 * moe.config.top_k * (2 * config.d_model + 3 * moe.config.d_expert)
-        per_token = 10 * config.d_model + config.num_heads * length + hidden
+        per_token = 10 * config.d_model + num_heads * length + hidden
         most = max(most, 2 * num_weights + num_tokens * per_token)
     return most * np.dtype(np.float32).itemsize
 

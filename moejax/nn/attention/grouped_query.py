@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moejax.config import ModelConfig
+from moejax.config import AttentionConfig
 from moejax.kernels.matmul import dense
 from moejax.nn.attention.attend import attend
 from moejax.nn.mask import AttentionMask
 from moejax.nn.norm import RMSNorm
 from moejax.nn.positions import rotate
+from moejax.nn.rope_scaling import yarn_frequencies, yarn_magnitude
 from moejax.sharding import gather_fsdp
 
 
@@ -43,15 +44,38 @@ class KVCache:
         )
 
 
+class LayerConstant(nnx.Variable):
+    """A number that layers of one kind do not share, and that the configuration gives them.
+
+    It has no gradient. As an array it passes through a scan over layers.
+    """
+
+
 class Attention(nnx.Module):
     """Causal attention with H query heads that share G key and value heads.
 
-    Source: Ainslie et al. 2023.
+    Args:
+      config: of attention.
+      width: of the residual stream, D.
+      dtype: the compute dtype.
+      norm_epsilon: of the norms of queries and keys.
+      rngs: for the parameters.
+
+    Source: Ainslie et al. 2023. Options: biases as in Qwen2 and gpt-oss, a norm of each head as in
+    Qwen3, one of the whole vector and the limit as in OLMoE.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        width, heads, kv_heads = config.d_model, config.num_heads, config.num_kv_heads
-        head = width // heads
+    def __init__(
+        self,
+        config: AttentionConfig,
+        width: int,
+        dtype: jnp.dtype,
+        *,
+        norm_epsilon: float,
+        rngs: nnx.Rngs,
+    ):
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        head = config.head_dim or width // heads
         init_in = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         init_out = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
         query_DHA = init_in(rngs.params(), (width, heads, head))
@@ -62,17 +86,29 @@ class Attention(nnx.Module):
         self.key = nnx.Param(key_DGA, axes=("embed", "kv_heads", "head"))
         self.value = nnx.Param(value_DGA, axes=("embed", "kv_heads", "head"))
         self.out = nnx.Param(out_HAD, axes=("heads", "head", "embed"))
-        if config.qk_norm:
-            self.query_norm = RMSNorm(head)
-            self.key_norm = RMSNorm(head)
+        if config.qkv_bias:
+            self.query_bias = nnx.Param(jnp.zeros((heads, head)), axes=("heads", "head"))
+            self.key_bias = nnx.Param(jnp.zeros((kv_heads, head)), axes=("kv_heads", "head"))
+            self.value_bias = nnx.Param(jnp.zeros((kv_heads, head)), axes=("kv_heads", "head"))
+        if config.out_bias:
+            self.out_bias = nnx.Param(jnp.zeros(width), axes=("norm",))
+        if config.qk_norm == "head":
+            self.query_norm = RMSNorm(head, norm_epsilon)
+            self.key_norm = RMSNorm(head, norm_epsilon)
+        if config.qk_norm == "whole":
+            self.query_norm = RMSNorm(heads * head, norm_epsilon)
+            self.key_norm = RMSNorm(kv_heads * head, norm_epsilon)
+        if config.sinks:
+            self.sinks = nnx.Param(jnp.zeros(heads), axes=("heads",))
+        if config.window:
+            self.window = LayerConstant(jnp.int32(config.window), axes=())
         self.config = config
+        self.head_dim = head
         self.dtype = dtype
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """Returns an empty cache of `slots` positions for each of `batch` rows."""
-        num_kv_heads = self.config.num_kv_heads
-        head = self.config.d_model // self.config.num_heads
-        shape = (batch, slots, num_kv_heads, head)
+        shape = (batch, slots, self.config.num_kv_heads, self.head_dim)
         return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def __call__(
@@ -95,24 +131,67 @@ class Attention(nnx.Module):
         Returns:
           The output and the cache with the new keys and values.
         """
-        q_BLHA = dense(x_BLD, gather_fsdp(self.query, self.dtype))
-        k_BLGA = dense(x_BLD, gather_fsdp(self.key, self.dtype))
-        v_BLGA = dense(x_BLD, gather_fsdp(self.value, self.dtype))
-        if self.config.qk_norm:
-            q_BLHA = self.query_norm(q_BLHA)
-            k_BLGA = self.key_norm(k_BLGA)
-        q_BLHA = rotate(q_BLHA, positions_BL, self.config.rope_theta)
-        k_BLGA = rotate(k_BLGA, positions_BL, self.config.rope_theta)
+        q_BLHA, k_BLGA, v_BLGA = self._project(x_BLD)
+        q_BLHA = self._rotate(q_BLHA, positions_BL)
+        k_BLGA = self._rotate(k_BLGA, positions_BL)
+        sinks_H = self.sinks[...] if self.config.sinks else None
         if cache is not None:
             cache = cache.with_positions(k_BLGA, v_BLGA, positions_BL)
-            mask = AttentionMask.of_cache(positions_BL)
-            y_BLHA = attend(q_BLHA, cache.k_BSGA, cache.v_BSGA, mask)
+            mask = self._within_window(AttentionMask.of_cache(positions_BL))
+            y_BLHA = attend(q_BLHA, cache.k_BSGA, cache.v_BSGA, mask, sinks_H)
         elif segments_BL is not None:
-            mask = AttentionMask.within_rows(segments_BL)
-            y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask)
+            mask = self._within_window(AttentionMask.within_rows(segments_BL))
+            y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask, sinks_H)
         else:
             raise ValueError(
                 "attention within rows needs segments_BL, and attention to a cache needs cache; "
                 "give one"
             )
-        return dense(y_BLHA, gather_fsdp(self.out, self.dtype), num_contracted=2), cache
+        y_BLD = dense(y_BLHA, gather_fsdp(self.out, self.dtype), num_contracted=2)
+        if self.config.out_bias:
+            y_BLD += self.out_bias[...].astype(self.dtype)[None, None]
+        return y_BLD, cache
+
+    def _rotate(self, x_BLHA: jax.Array, positions_BL: jax.Array) -> jax.Array:
+        """Turns queries or keys by their positions."""
+        config = self.config
+        if config.rope_scaling == "none":
+            return rotate(x_BLHA, positions_BL, config.rope_theta)
+        frequency_a = yarn_frequencies(config, self.head_dim // 2)
+        magnitude = yarn_magnitude(config)
+        return rotate(x_BLHA, positions_BL, config.rope_theta, frequency_a, magnitude)
+
+    def _within_window(self, mask: AttentionMask) -> AttentionMask:
+        """Returns the mask with the layer's window, if the model has any."""
+        if not self.config.window:
+            return mask
+        return dataclasses.replace(mask, window=self.window[...])
+
+    def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries, keys and values before positions are known."""
+        q_BLHA = dense(x_BLD, gather_fsdp(self.query, self.dtype))
+        k_BLGA = dense(x_BLD, gather_fsdp(self.key, self.dtype))
+        v_BLGA = dense(x_BLD, gather_fsdp(self.value, self.dtype))
+        if self.config.qkv_bias:
+            q_BLHA += self.query_bias[...].astype(self.dtype)[None, None]
+            k_BLGA += self.key_bias[...].astype(self.dtype)[None, None]
+            v_BLGA += self.value_bias[...].astype(self.dtype)[None, None]
+        if self.config.qk_norm == "head":
+            q_BLHA = self.query_norm(q_BLHA)
+            k_BLGA = self.key_norm(k_BLGA)
+        if self.config.qk_norm == "whole":
+            q_BLHA = _norm_whole(self.query_norm, q_BLHA)
+            k_BLGA = _norm_whole(self.key_norm, k_BLGA)
+        if self.config.clip_qkv:
+            limit = self.config.clip_qkv
+            q_BLHA = jnp.clip(q_BLHA, -limit, limit)
+            k_BLGA = jnp.clip(k_BLGA, -limit, limit)
+            v_BLGA = jnp.clip(v_BLGA, -limit, limit)
+        return q_BLHA, k_BLGA, v_BLGA
+
+
+def _norm_whole(norm: RMSNorm, x_BLHA: jax.Array) -> jax.Array:
+    """Normalises all heads of a position as one vector."""
+    batch, length, heads, head = x_BLHA.shape
+    normed_BLX = norm(x_BLHA.reshape(batch, length, heads * head))
+    return normed_BLX.reshape(x_BLHA.shape)

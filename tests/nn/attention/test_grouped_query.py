@@ -10,26 +10,40 @@ import pytest
 from flax import nnx
 
 import oracle
-from moejax.config import ModelConfig
+from moejax.config import AttentionConfig
 from moejax.nn.attention import attend as attention
 from moejax.nn.attention import causal_blocks as causal
 from moejax.nn.attention.grouped_query import Attention
 from moejax.nn.mask import AttentionMask
-from moejax.nn.norm import EPSILON, RMSNorm
+from moejax.nn.norm import RMSNorm
 from moejax.nn.positions import rotate
 
 B, L, WIDTH, HEADS = 2, 6, 16, 4
 HEAD = WIDTH // HEADS
 THETA = 100.0
+EPSILON = 1e-4
 
 turn = jax.jit(functools.partial(rotate, theta=THETA))
 
 
-def rotate_with_complex_numbers(x_A, position):
+def frequencies(config):
+    """The angle of each pair of dimensions at position 1, by the formulas of YaRN if it is on."""
+    plain = [THETA ** (-2 * i / HEAD) for i in range(HEAD // 2)]
+    if config.rope_scaling == "none":
+        return np.array(plain)
+    turns = [config.rope_original_length * each / (2 * np.pi) for each in plain]
+    # Pair 0 turns 6.4 times within 40 positions, pair 1 0.64 times: the ramp of whole pairs goes
+    # from pair 0, which stays, to pair 1, which is slowed down.
+    assert 1 < turns[0] < 32 and turns[1] < 1
+    return np.array([plain[0], plain[1] / config.rope_factor])
+
+
+def rotate_with_complex_numbers(x_A, position, frequency_a=None):
     """Dimensions i and i + A/2 as one complex number, turned by position * theta^(-2i/A)."""
     half = len(x_A) // 2
-    angles = position * THETA ** (-2 * np.arange(half) / len(x_A))
-    turned = (x_A[:half] + 1j * x_A[half:]) * np.exp(1j * angles)
+    if frequency_a is None:
+        frequency_a = THETA ** (-2 * np.arange(half) / len(x_A))
+    turned = (x_A[:half] + 1j * x_A[half:]) * np.exp(1j * position * frequency_a)
     return np.concatenate([turned.real, turned.imag])
 
 
@@ -66,52 +80,83 @@ def test_position_0_is_not_turned_and_no_position_changes_a_length():
     assert turn(low, jnp.full((B, L), 77)).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, qk_norm):
-    config = ModelConfig(
-        d_model=WIDTH, num_heads=HEADS, num_kv_heads=kv_heads, rope_theta=THETA, qk_norm=qk_norm
-    )
-    graphdef, abstract = nnx.split(
-        nnx.eval_shape(lambda: Attention(config, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)))
-    )
+@pytest.mark.parametrize(
+    ("kv_heads", "options"),
+    [
+        (1, {}),
+        (4, {"qk_norm": "head"}),
+        (2, {"qk_norm": "head", "qkv_bias": True, "out_bias": True, "head_dim": HEAD}),
+        (2, {"qk_norm": "whole", "clip_qkv": 0.7}),
+        (2, {"clip_qkv": 0.3, "qkv_bias": True}),
+        (2, {"window": 2, "sinks": True}),
+        (1, {"rope_scaling": "yarn", "rope_factor": 8.0, "rope_original_length": 40}),
+    ],
+)
+def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, options):
+    config = AttentionConfig(num_heads=HEADS, num_kv_heads=kv_heads, rope_theta=THETA, **options)
+    width = WIDTH + 2 if config.head_dim else WIDTH  # which the heads' width need not divide
+
+    def make():
+        rngs = nnx.Rngs(params=0)
+        return Attention(config, width, jnp.dtype("float32"), norm_epsilon=EPSILON, rngs=rngs)
+
+    graphdef, abstract, constants = nnx.split(make(), nnx.Param, ...)
     rng = np.random.default_rng(kv_heads)
     state = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) / 2, jnp.float32), abstract)
     w = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(state))
     shapes = {name: w[name].shape for name in ("query", "key", "value", "out")}
     assert shapes == {
-        "query": (WIDTH, HEADS, HEAD),
-        "key": (WIDTH, kv_heads, HEAD),
-        "value": (WIDTH, kv_heads, HEAD),
-        "out": (HEADS, HEAD, WIDTH),
+        "query": (width, HEADS, HEAD),
+        "key": (width, kv_heads, HEAD),
+        "value": (width, kv_heads, HEAD),
+        "out": (HEADS, HEAD, width),
     }
-    assert ("query_norm" in w) == ("key_norm" in w) == qk_norm
-    x_BLD = rng.normal(size=(B, L, WIDTH)).astype(np.float32)
+    assert ("query_norm" in w) == ("key_norm" in w) == (config.qk_norm != "none")
+    x_BLD = rng.normal(size=(B, L, width)).astype(np.float32)
     segments_BL = np.array([[1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0]])
     positions_BL = np.array([[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 2]])
 
-    def vector(name, b, i, head):
-        v_A = x_BLD[b, i] @ w[name][:, head]
-        if qk_norm and name != "value":
-            v_A = v_A / np.sqrt(np.mean(v_A**2) + EPSILON) * w[f"{name}_norm"]["scale"]
-        return v_A if name == "value" else rotate_with_complex_numbers(v_A, positions_BL[b, i])
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x**2) + EPSILON) * scale
 
-    expected = np.zeros((B, L, WIDTH))
+    def vector(name, b, i, head):
+        heads = w[name].shape[1]
+        v_HA = np.stack([x_BLD[b, i] @ w[name][:, h] for h in range(heads)])
+        if config.qkv_bias:
+            v_HA = v_HA + w[f"{name}_bias"]
+        if config.qk_norm == "whole" and name != "value":
+            v_HA = norm(v_HA.reshape(-1), w[f"{name}_norm"]["scale"]).reshape(v_HA.shape)
+        if config.clip_qkv:
+            v_HA = np.clip(v_HA, -config.clip_qkv, config.clip_qkv)
+        v_A = v_HA[head]
+        if config.qk_norm == "head" and name != "value":
+            v_A = norm(v_A, w[f"{name}_norm"]["scale"])
+        if name == "value":
+            return v_A
+        turned_A = rotate_with_complex_numbers(v_A, positions_BL[b, i], frequencies(config))
+        return turned_A * (0.1 * np.log(8) + 1 if config.rope_scaling == "yarn" else 1)
+
+    expected = np.zeros((B, L, width))
     for b, i, h in np.ndindex(B, L, HEADS):
         shared = h // (HEADS // kv_heads)
-        seen = [j for j in range(i + 1) if segments_BL[b, j] == segments_BL[b, i]]
+        first = i - config.window + 1 if config.window else 0
+        seen = [j for j in range(i + 1) if segments_BL[b, j] == segments_BL[b, i] and j >= first]
         scores = [
             vector("query", b, i, h) @ vector("key", b, j, shared) / np.sqrt(HEAD) for j in seen
         ]
+        if config.sinks:
+            scores.append(w["sinks"][h])
         mixed_A = sum(
             p * vector("value", b, j, shared)
-            for p, j in zip(oracle.softmax(scores), seen, strict=True)
+            for p, j in zip(oracle.softmax(scores), seen, strict=False)
         )
         expected[b, i] += mixed_A @ w["out"][h]
+    if config.out_bias:
+        expected += w["out_bias"]
 
     @jax.jit
     def run(x_BLD, positions_BL, segments_BL):
-        return nnx.merge(graphdef, state)(x_BLD, positions_BL, segments_BL)[0]
+        return nnx.merge(graphdef, state, constants)(x_BLD, positions_BL, segments_BL)[0]
 
     y_BLD = run(x_BLD, positions_BL, segments_BL)
     # Padded queries (segment 0) attend among themselves; nothing reads them, but they are finite.
@@ -178,7 +223,7 @@ def test_attention_is_that_of_the_keys_that_its_mask_lets_a_query_see(monkeypatc
 
 
 def test_the_norm_divides_by_the_root_mean_square_in_float32():
-    norm = RMSNorm(4)
+    norm = RMSNorm(4, EPSILON)
     norm.scale[...] = jnp.array([1.0, 2.0, 3.0, 4.0])
     x = np.array([[3.0, -4.0, 0.0, 12.0], [1e-3, 0, 0, 0]])
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * np.arange(1.0, 5.0)
@@ -187,7 +232,7 @@ def test_the_norm_divides_by_the_root_mean_square_in_float32():
     low_BD = jax.random.normal(jax.random.key(0), (4, 301), jnp.bfloat16)
     wide_BD = np.asarray(low_BD, np.float64)
     exact_BD = wide_BD / np.sqrt((wide_BD**2).mean(-1, keepdims=True) + EPSILON)
-    y_BD = RMSNorm(301)(low_BD)
+    y_BD = RMSNorm(301, EPSILON)(low_BD)
     assert y_BD.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y_BD, jnp.asarray(exact_BD, jnp.bfloat16))
 

@@ -261,7 +261,8 @@ def test_a_rule_that_stops_a_run_saves_it_and_lets_it_go_on_without_the_rule(
     for where, name in ((Checkpoints, "save"), (Checkpoints, "wait"), (loop, "raise_on_all")):
         monkeypatch.setattr(where, name, noting(calls, name, getattr(where, name)))
     sections = {
-        "model": {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 16},
+        "model": {"num_layers": 1, "d_model": 16, "d_ff": 16},
+        "attention": {"num_heads": 2, "num_kv_heads": 1},
         "moe": {
             "num_experts": 4,
             "top_k": 1,

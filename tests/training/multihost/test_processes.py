@@ -60,7 +60,8 @@ def write_text(folder):
 
 def recipe_config(folder):
     return small_config(
-        model={"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "remat": False},
+        model={"num_layers": 1, "d_model": 16, "remat": False},
+        attention={"num_heads": 2, "num_kv_heads": 2},
         data={
             "source": "tfds",
             "name": "letters",

@@ -1,0 +1,111 @@
+"""The leaves of attention."""
+
+import dataclasses
+from typing import Literal
+
+from moejax.config.errors import ConfigError, divisors, require
+from moejax.config.schema.leaf import leaf
+from moejax.config.schema.needs import other_than, value
+from moejax.config.sections.model import ModelConfig
+
+HAS_YARN = value("attention.rope_scaling", "yarn")
+
+FULL = 2**30
+"""A window that is as wide as any text."""
+
+WINDOW_KINDS = ("window", "full")
+"""What `attention.window_layers` lists."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Attention, of which every layer has one."""
+
+    num_heads: int = leaf(4, "query heads", at_least=1)
+    num_kv_heads: int = leaf(2, "key and value heads, shared by groups of query heads", at_least=1)
+    head_dim: int = leaf(0, "width of a head; 0: model.d_model / attention.num_heads", at_least=0)
+    qk_norm: Literal["none", "head", "whole"] = leaf(
+        "none", "RMSNorm on queries and keys: of each head, or of all heads as one vector"
+    )
+    qkv_bias: bool = leaf(False, "biases of queries, keys and values")
+    out_bias: bool = leaf(False, "bias of the output")
+    clip_qkv: float = leaf(
+        0.0, "largest magnitude of queries, keys and values; 0: no limit", at_least=0
+    )
+    window: int = leaf(
+        0,
+        "keys that a query sees in layers with a window, its own the last; 0: no layer has one",
+        at_least=0,
+    )
+    window_layers: str = leaf(
+        "window",
+        "which layers have the window: window or full for each in turn, such as window, full",
+        needs=other_than("attention.window", 0),
+    )
+    sinks: bool = leaf(False, "a learned score of each head, to which no key belongs")
+    rope_theta: float = leaf(10_000.0, "base of the rotary position embedding", at_least=1)
+    rope_scaling: Literal["none", "yarn"] = leaf(
+        "none", "how rotary frequencies are changed for longer texts than those of training"
+    )
+    rope_factor: float = leaf(
+        4.0, "how much longer texts are than rope_original_length", at_least=1, needs=HAS_YARN
+    )
+    rope_original_length: int = leaf(
+        4096, "tokens of a text in training before", at_least=1, needs=HAS_YARN
+    )
+    rope_beta_fast: float = leaf(
+        32.0, "turns within that length from which on a frequency stays", above=0, needs=HAS_YARN
+    )
+    rope_beta_slow: float = leaf(
+        1.0,
+        "turns within that length up to which a frequency is divided by the factor",
+        above=0,
+        needs=HAS_YARN,
+    )
+    rope_truncate: bool = leaf(
+        True, "round the ends of the ramp between both to whole pairs", needs=HAS_YARN
+    )
+    rope_magnitude: float = leaf(
+        0.0,
+        "factor on rotated queries and keys; 0: 0.1 ln(rope_factor) + 1",
+        at_least=0,
+        needs=HAS_YARN,
+    )
+
+    def windows(self, num_layers: int) -> tuple[int, ...]:
+        """Returns how many keys a query sees in each layer; `FULL` where there is no window."""
+        kinds = [kind.strip() for kind in self.window_layers.split(",")]
+        widths = {"window": self.window, "full": FULL}
+        return tuple(widths[kinds[layer % len(kinds)]] for layer in range(num_layers))
+
+
+def validate_attention(attention: AttentionConfig, model: ModelConfig) -> None:
+    """Raises `ConfigError` for numbers of heads that do not divide what they split."""
+    for kind in attention.window_layers.split(","):
+        require(
+            kind.strip() in WINDOW_KINDS,
+            f"attention.window_layers={attention.window_layers!r} must list window or full for "
+            "each layer in turn, such as window, full",
+        )
+    # Rotary embeddings turn pairs of features, so a head has an even width.
+    if attention.head_dim:
+        require(
+            attention.head_dim % 2 == 0,
+            f"attention.head_dim={attention.head_dim} must be even; use {attention.head_dim + 1}",
+        )
+    else:
+        step = 2 * attention.num_heads
+        nearest_width = step * max(1, round(model.d_model / step))
+        require(
+            model.d_model % step == 0,
+            f"model.d_model={model.d_model} must be an even multiple of "
+            f"attention.num_heads={attention.num_heads}; use {nearest_width}, "
+            "or set attention.head_dim",
+        )
+    if attention.num_heads % attention.num_kv_heads:
+        fitting = divisors(attention.num_heads, attention.num_kv_heads)
+        raise ConfigError(
+            f"attention.num_heads={attention.num_heads} must be a multiple of "
+            f"attention.num_kv_heads={attention.num_kv_heads}; use one of {fitting} "
+            "for attention.num_kv_heads"
+        )

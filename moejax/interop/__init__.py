@@ -1,0 +1,1 @@
+"""Models of other codebases: their configurations and weights, read and written."""

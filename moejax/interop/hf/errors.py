@@ -1,0 +1,5 @@
+"""What is wrong with a released model."""
+
+
+class HfError(ValueError):
+    """A folder in the Hugging Face layout that cannot be used; one line names file and remedy."""

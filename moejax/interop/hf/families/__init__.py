@@ -1,0 +1,13 @@
+"""The families, by what `config.json` calls them; each is one file."""
+
+from moejax.interop.hf.families import gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from moejax.interop.hf.family import Family
+
+FAMILIES: dict[str, Family] = {
+    "gpt_oss": gpt_oss.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+}
+"""A new family is a line here."""

@@ -1,0 +1,149 @@
+"""What most families share with Llama: names of tensors, and keys of `config.json`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.keys import Always, Entry, Fixed, Key, Leaves, Mapped, first_of
+from moejax.interop.hf.rope import ROPE_SCALING
+from moejax.interop.hf.tensors import Tensor
+
+
+def _read_head(published: Mapping[str, Any]) -> Leaves:
+    width = first_of(published, ("hidden_size",))
+    heads = first_of(published, ("num_attention_heads",))
+    head = first_of(published, ("head_dim",), width // heads)
+    kv_heads = first_of(published, ("num_key_value_heads",), heads)
+    is_derived = head * heads == width
+    return {
+        "attention.num_heads": heads,
+        "attention.num_kv_heads": kv_heads,
+        "attention.head_dim": 0 if is_derived else head,
+    }
+
+
+def _write_head(leaves: Leaves) -> dict[str, Any]:
+    heads = leaves["attention.num_heads"]
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": leaves["attention.num_kv_heads"],
+        "head_dim": leaves["attention.head_dim"] or leaves["model.d_model"] // heads,
+    }
+
+
+DECODER: tuple[Entry, ...] = (
+    Key("vocab_size", "model.vocab_size"),
+    Key("hidden_size", "model.d_model"),
+    Key("num_hidden_layers", "model.num_layers"),
+    Key("rms_norm_eps", "model.norm_epsilon"),
+    Key("tie_word_embeddings", "model.tied_embeddings", default=False),
+    Mapped(("num_attention_heads", "num_key_value_heads", "head_dim"), _read_head, _write_head),
+    Fixed("hidden_act", "silu"),
+    ROPE_SCALING,
+    Always("model.embedding_multiplier", 1.0),
+)
+"""Keys of a decoder with grouped-query attention and SwiGLU."""
+
+
+def _refuse_windows(published: Mapping[str, Any]) -> Leaves:
+    """Raises `HfError` for attention that sees a window; a width alone turns none on."""
+    kinds = set(first_of(published, ("layer_types",), [])) - {"full_attention"}
+    if kinds:
+        raise HfError(f"layer_types has {sorted(kinds)[0]}, which is not implemented")
+    is_on = first_of(published, ("use_sliding_window",), True)
+    width = first_of(published, ("sliding_window",), 0)
+    if is_on and width:
+        raise HfError(f"sliding_window={width} is not implemented; only full attention is")
+    return {}
+
+
+NO_WINDOW = Mapped(
+    ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    _refuse_windows,
+    lambda leaves: {"sliding_window": None},
+)
+"""Keys of a window of attention, which must be off."""
+
+
+def experts_per_token(renormalize: Entry, num_experts: str, *aliases: str) -> tuple[Entry, ...]:
+    """Returns the keys of a softmax router.
+
+    Args:
+      renormalize: whether the weights of a token's experts are made to add up to 1.
+      num_experts: the key of their number.
+      aliases: other spellings of it.
+    """
+    return (
+        Key(num_experts, "moe.num_experts", aliases=aliases),
+        Key("num_experts_per_tok", "moe.top_k"),
+        Key("router_aux_loss_coef", "moe.balance_weight", default=0.001),
+        renormalize,
+        Always("moe.router", "softmax_topk"),
+        Always("moe.z_weight", 0.0),
+    )
+
+
+OUTER = (
+    Tensor("model.embed_tokens.weight", "V D", "embedding", "V D"),
+    Tensor("model.norm.weight", "D", "final_norm/scale", "D"),
+    Tensor("lm_head.weight", "V D", "unembedding", "V D"),
+)
+"""The embedding, the last norm, and the head, which a model with tied embeddings lacks."""
+
+NORMS = (
+    Tensor("input_layernorm.weight", "D", "mixer_norm/scale", "D"),
+    Tensor("post_attention_layernorm.weight", "D", "ffn_norm/scale", "D"),
+)
+
+ATTENTION = (
+    Tensor("self_attn.q_proj.weight", "(H A) D", "mixer/query", "D H A"),
+    Tensor("self_attn.k_proj.weight", "(G A) D", "mixer/key", "D G A"),
+    Tensor("self_attn.v_proj.weight", "(G A) D", "mixer/value", "D G A"),
+    Tensor("self_attn.o_proj.weight", "D (H A)", "mixer/out", "H A D"),
+)
+
+QKV_BIAS = (
+    Tensor("self_attn.q_proj.bias", "(H A)", "mixer/query_bias", "H A"),
+    Tensor("self_attn.k_proj.bias", "(G A)", "mixer/key_bias", "G A"),
+    Tensor("self_attn.v_proj.bias", "(G A)", "mixer/value_bias", "G A"),
+)
+
+QK_NORM = (
+    Tensor("self_attn.q_norm.weight", "A", "mixer/query_norm/scale", "A"),
+    Tensor("self_attn.k_norm.weight", "A", "mixer/key_norm/scale", "A"),
+)
+
+
+def feed_forward(theirs: str, ours: str) -> tuple[Tensor, ...]:
+    """Returns the tensors of a SwiGLU network by the names of Llama.
+
+    Args:
+      theirs: its name, such as `mlp`.
+      ours: its path, such as `ffn/shared`.
+    """
+    return (
+        Tensor(f"{theirs}.gate_proj.weight", "F D", f"{ours}/gate_up", "D 0 F"),
+        Tensor(f"{theirs}.up_proj.weight", "F D", f"{ours}/gate_up", "D 1 F"),
+        Tensor(f"{theirs}.down_proj.weight", "D F", f"{ours}/down", "F D"),
+    )
+
+
+def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Tensor, ...]:
+    """Returns the tensors of experts that have files' tensors of their own.
+
+    Args:
+      theirs: the name of an expert, such as `mlp.experts.{expert}`.
+      gate: of its projections, such as `gate_proj`.
+      up: likewise.
+      down: likewise.
+    """
+    gate_up, rows = "ffn/experts/gate_up", "ffn/experts/down"
+    return (
+        Tensor(f"{theirs}.{gate}.weight", "F D", gate_up, "{expert} D 0 F"),
+        Tensor(f"{theirs}.{up}.weight", "F D", gate_up, "{expert} D 1 F"),
+        Tensor(f"{theirs}.{down}.weight", "D F", rows, "{expert} F D"),
+    )
+
+
+MLP_EXPERTS = experts("mlp.experts.{expert}", "gate_proj", "up_proj", "down_proj")
+MLP_ROUTER = (Tensor("mlp.gate.weight", "E D", "ffn/router/kernel", "D E"),)

@@ -1,0 +1,148 @@
+"""A model of ours in the Hugging Face layout."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from moejax.config import (
+    LOSS_WEIGHTS,
+    AttentionConfig,
+    Config,
+    ModelConfig,
+    MoeConfig,
+    declared,
+    resolve,
+)
+from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.families import FAMILIES
+from moejax.interop.hf.family import Family
+from moejax.interop.hf.keys import read_keys, write_keys
+from moejax.interop.hf.places import Arrays, arrays_with_tensors, named_arrays
+from moejax.interop.hf.weights import SINGLE
+from moejax.models import Decoder
+from moejax.paths import replace_file, resolve_path
+
+OF_TRAINING = (
+    *LOSS_WEIGHTS,
+    "allow_noncausal",
+    "balance_convention",
+    "balance_scope",
+    "bias_centered",
+    "bias_rate",
+    "capacity_factor",
+    "capacity_group",
+    "capacity_order",
+    "dispatch",
+    "every",  # as first_dense and per_layer, it is in what each layer is
+    "exchange",
+    "exchange_buffer",
+    "exchange_chunks",
+    "expert_dropout",
+    "first_dense",
+    "grouped_matmul",
+    "jitter",
+    "overflow",
+    "per_layer",
+    "save_exchanged",
+)
+"""Leaves of `moe` that change nothing of how a text is evaluated without capacity."""
+
+OF_COMPUTATION = ("compute_dtype", "remat", "scan_layers", "d_ff", "vocab_size")
+"""Leaves of `model` that change nothing of what is computed, or are compared by shapes."""
+
+
+def save_model(model: Decoder, folder: str | Path, model_type: str) -> None:
+    """Writes a model as `config.json` and `model.safetensors`, in float32.
+
+    Args:
+      model: whose layers are those of the family.
+      folder: is made if it is not there.
+      model_type: of the family, such as "mixtral".
+
+    Raises:
+      HfError: a model that is not one of the family; the message names the leaf.
+    """
+    family = FAMILIES[model_type]
+    keys = published_keys(model.config, family)
+    arrays = named_arrays(jax.tree.map(np.asarray, nnx.state(model)))
+    tensors = dict(their_tensors(model.config, family, arrays))
+    path = resolve_path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / SINGLE, metadata={"format": "pt"})
+    replace_file(path / "config.json", json.dumps(keys, indent=2).encode())
+
+
+def their_tensors(
+    config: Config, family: Family, arrays: Arrays
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors that a model's arrays are published as: names and values."""
+    for _, array, tensors in arrays_with_tensors(config, family, arrays):
+        for tensor in tensors:
+            sizes = tensor.sizes_in(array.shape)
+            part = tensor.to_theirs(array[tensor.place()], sizes)
+            yield tensor.theirs, np.ascontiguousarray(part)
+
+
+def published_keys(config: Config, family: Family) -> dict[str, Any]:
+    """Returns the keys of `config.json`; reading them gives a model that computes the same.
+
+    Raises:
+      HfError: a model that is not one of the family.
+    """
+    values = {key: each.value(config) for key, each in declared().items()}
+    values["model.vocab_size"] = config.vocab_size
+    values["dense_layers"] = [n for n, kind in enumerate(config.layers) if kind is None]
+    keys = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "torch_dtype": "float32",
+        "max_position_embeddings": config.data.seq_len,
+        **write_keys(family.keys, values),
+    }
+    _check_same(config, resolve(read_keys(family.keys, keys)), family)
+    return keys
+
+
+def _check_same(config: Config, read: Config, family: Family) -> None:
+    """Raises `HfError` unless what is read back computes what the model computes."""
+    for section, names in _compared().items():
+        for name in names:
+            ours, theirs = (getattr(getattr(each, section), name) for each in (config, read))
+            _require_same(f"{section}.{name}", ours, theirs, family)
+    for layer, (ours, theirs) in enumerate(zip(config.layers, read.layers, strict=True)):
+        if (ours is None) != (theirs is None):
+            raise HfError(f"layer {layer} would be read back as another kind of layer")
+        if ours is None:
+            continue
+        for name in _moe_leaves():
+            _require_same(f"moe.{name}", getattr(ours, name), getattr(theirs, name), family)
+
+
+def _compared() -> dict[str, list[str]]:
+    """Returns the leaves of the decoder that change what it computes, by section."""
+    model = [field.name for field in dataclasses.fields(ModelConfig)]
+    attention = [field.name for field in dataclasses.fields(AttentionConfig)]
+    return {
+        "model": [name for name in model if name not in OF_COMPUTATION],
+        "attention": attention,
+    }
+
+
+def _moe_leaves() -> list[str]:
+    names = [field.name for field in dataclasses.fields(MoeConfig)]
+    return [name for name in names if name not in OF_TRAINING]
+
+
+def _require_same(key: str, ours: Any, theirs: Any, family: Family) -> None:
+    if ours != theirs:
+        raise HfError(
+            f"{key}={ours} does not fit the family {family.model_type}, which would be read back "
+            f"with {theirs}"
+        )

@@ -1,0 +1,77 @@
+"""Models written in the layout of released ones, and read back."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from cases.hf import FAMILIES, FOLDER
+from cases.training import small_config
+from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.load import load_model, read_config
+from moejax.interop.hf.save import save_model
+from moejax.models import Decoder
+
+of_each = pytest.mark.parametrize("family", FAMILIES)
+
+
+@of_each
+def test_a_model_that_is_written_has_every_tensor_bit_for_bit(family, tmp_path):
+    model = load_model(FOLDER / family)
+    save_model(model, tmp_path / "out", family)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = load_file(FOLDER / family / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+        assert found[name].dtype == tensor.dtype
+    assert read_config(tmp_path / "out")[0] == read_config(FOLDER / family)[0]
+
+
+@of_each
+def test_both_spellings_of_a_configuration_are_one_model(family, tmp_path):
+    published = FOLDER / family / "config.published.json"
+    (tmp_path / "config.json").write_bytes(published.read_bytes())
+    assert read_config(tmp_path)[0] == read_config(FOLDER / family)[0]
+
+
+def test_a_model_with_dense_layers_and_experts_of_ours_is_read_back(tmp_path):
+    config = small_config(
+        model={"num_layers": 4, "tied_embeddings": False, "embedding_multiplier": 1.0},
+        attention={"qk_norm": "head", "head_dim": 12},
+        moe={"first_dense": 1, "every": 2, "router": "softmax_topk"},
+    )
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    save_model(model, tmp_path, "qwen3_moe")
+    assert json.loads((tmp_path / "config.json").read_text())["mlp_only_layers"] == [0, 1, 3]
+    read = load_model(tmp_path)
+    assert [kind is None for kind in read.config.layers] == [True, True, False, True]
+    wanted = {layer for layer, _ in enumerate(model.walk())}
+    blocks = zip(wanted, model.walk(), read.walk(), strict=True)
+    for layer, (ours, _), (theirs, _) in blocks:
+        for expected, found in zip(
+            nnx.to_flat_state(nnx.state(ours, nnx.Param)),
+            nnx.to_flat_state(nnx.state(theirs, nnx.Param)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(found[1][...], expected[1][...], err_msg=str(layer))
+
+
+@pytest.mark.parametrize(
+    ("sections", "leaf"),
+    [
+        ({"moe": {"activation": "geglu"}}, "moe.activation=geglu"),
+        ({"moe": {"router": "sigmoid_topk"}}, "moe.router=sigmoid_topk"),
+        ({"attention": {"qk_norm": "head"}}, "attention.qk_norm=head"),
+        ({"model": {"embedding_multiplier": 0.0}}, "model.embedding_multiplier=0.0"),
+        ({"moe": {"num_shared_experts": 1}}, "moe.num_shared_experts=1"),
+    ],
+)
+def test_a_model_that_is_none_of_the_family_is_refused_by_its_leaf(sections, leaf, tmp_path):
+    model = {"embedding_multiplier": 1.0, "tied_embeddings": False} | sections.pop("model", {})
+    config = small_config(model=model, **sections)
+    with pytest.raises(HfError, match=f"{leaf} does not fit the family mixtral"):
+        save_model(Decoder(config, rngs=nnx.Rngs(params=0)), tmp_path / "out", "mixtral")
+    assert not (tmp_path / "out").exists()
