@@ -7,6 +7,7 @@ file is run in place.
 """
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -64,9 +65,17 @@ def execute(
     notebook.metadata["language_info"] = {"name": "python"}  # not the version of who ran it last
 
 
+def renew(path: Path) -> None:
+    """Runs a notebook in place; its temporary folder, whose name says nothing, is in no output."""
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        execute(notebook, Path.cwd(), env=os.environ | {"TMPDIR": folder})
+        text = nbformat.writes(notebook)
+        text = re.sub(rf"{re.escape(folder)}/\w+/", "", text)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    for path in map(Path, sys.argv[1:] or sorted(HERE.glob("*.ipynb"))):
-        print(f"Running {path.name}", flush=True)
-        found = nbformat.read(path, as_version=4)
-        execute(found, Path.cwd())
-        nbformat.write(found, path)
+    for each in map(Path, sys.argv[1:] or sorted(HERE.glob("*.ipynb"))):
+        print(f"Running {each.name}", flush=True)
+        renew(each)
