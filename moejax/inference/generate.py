@@ -18,7 +18,7 @@ from moejax.config import ROUTER_RULES, Config, ConfigError, MoeConfig
 from moejax.data import Tokenizer
 from moejax.inference.layered import LayeredDecoder
 from moejax.models import Decoder
-from moejax.nn.attention.grouped_query import KVCache
+from moejax.nn.attention.cache import Cache
 from moejax.seeds import check_seed
 
 MAX_TOKENS = 65_536
@@ -234,9 +234,9 @@ def prefill(
     decoder: LayeredDecoder,
     tokens_BL: Int[Array, "B L"],
     lengths_B: Int[Array, "B"],
-    cache: list[KVCache],
+    cache: list[Cache],
     sampling: Sampling,
-) -> tuple[Int[Array, "B"], Int[Array, "B"], list[KVCache]]:
+) -> tuple[Int[Array, "B"], Int[Array, "B"], list[Cache]]:
     """Returns the first token after each prompt, its position, and the cache of the prompts.
 
     Args:
@@ -263,9 +263,9 @@ def decode(
     decoder: LayeredDecoder,
     tokens_B: Int[Array, "B"],
     positions_B: Int[Array, "B"],
-    cache: list[KVCache],
+    cache: list[Cache],
     sampling: Sampling,
-) -> tuple[Int[Array, "B"], Int[Array, "B"], list[KVCache]]:
+) -> tuple[Int[Array, "B"], Int[Array, "B"], list[Cache]]:
     """Returns the next token of each sequence, its position, and the extended cache."""
     tokens_B1 = tokens_B[:, None]
     positions_B1 = positions_B[:, None]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.models import Decoder
 from moejax.models.blocks import Context
 from moejax.moe.token_info import TokenInfo
-from moejax.nn.attention.grouped_query import KVCache
+from moejax.nn.attention.cache import Cache
 
 
 class LayeredDecoder:
@@ -38,7 +38,7 @@ class LayeredDecoder:
         self._begin = _program(_begin_program, without_layers)
         self._end = _program(_end_program, without_layers)
 
-    def init_cache(self, batch: int, slots: int) -> list[KVCache]:
+    def init_cache(self, batch: int, slots: int) -> list[Cache]:
         """Returns an empty cache of each layer for `batch` sequences of up to `slots` tokens."""
         return [block.init_cache(batch, slots) for block in self._blocks]
 
@@ -46,9 +46,9 @@ class LayeredDecoder:
         self,
         tokens_BL: Int[Array, "B L"],
         positions_BL: Int[Array, "B L"],
-        cache: list[KVCache],
+        cache: list[Cache],
         is_token_BL: Bool[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L D"], list[KVCache]]:
+    ) -> tuple[Float[Array, "B L D"], list[Cache]]:
         """Returns the residual stream after the last layer for L more positions; for `logits`.
 
         Args:

@@ -8,7 +8,7 @@ interleaved blocks, each with a stack of dense blocks inside.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from moejax.moe.layer import MoE
 from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 from moejax.moe.router.selection import SAVED_NAMES
 from moejax.moe.token_info import TokenInfo
-from moejax.nn.attention.grouped_query import KVCache
+from moejax.nn.attention.cache import Cache
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens
 
@@ -65,11 +65,14 @@ class Mixer(Protocol):
         x_BLD: jax.Array,
         positions_BL: jax.Array,
         segments_BL: jax.Array | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Returns what is added to the residual stream, and the cache with these positions."""
+        cache: Any = None,
+    ) -> tuple[jax.Array, Any]:
+        """Returns what is added to the residual stream, and the cache with these positions.
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
+        The cache is one that its `init_cache` made.
+        """
+
+    def init_cache(self, batch: int, slots: int) -> Cache:
         """Returns an empty cache of `slots` positions for each of `batch` rows."""
 
 
@@ -103,7 +106,7 @@ class Block(nnx.Module):
             raise TypeError("the feed-forward part of this block is no MoE layer; see is_moe")
         return self.ffn
 
-    def __call__(self, x_BLD: jax.Array, context: Context, cache: KVCache | None = None):
+    def __call__(self, x_BLD: jax.Array, context: Context, cache: Cache | None = None):
         """Returns (x_BLD, `RoutingStats` or None, cache).
 
         Without a cache it mixes the tokens of `x_BLD` alone.
@@ -124,13 +127,13 @@ class Block(nnx.Module):
         self,
         x_BLD: jax.Array,
         context: Context,
-        cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
         """Returns what the mixer adds to the residual stream, and its cache."""
         normed_BLD = self.mixer_norm(x_BLD)
         return self.mixer(normed_BLD, context.positions_BL, context.segments_BL, cache)
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
+    def init_cache(self, batch: int, slots: int) -> Cache:
         """Returns an empty cache."""
         return self.mixer.init_cache(batch, slots)
 

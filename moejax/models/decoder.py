@@ -25,6 +25,7 @@ from moejax.moe.layer import MoE
 from moejax.moe.overrides import AS_TRAINED, RoutingOverrides, split_overrides
 from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.grouped_query import Attention
+from moejax.nn.attention.latent import LatentAttention
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens, gather_fsdp, parts_of_logits
 
@@ -199,7 +200,7 @@ def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Bloc
     dtype = jnp.dtype(model.compute_dtype)
     width = model.d_model
     epsilon = model.norm_epsilon
-    attention = Attention(config.attention, width, dtype, norm_epsilon=epsilon, rngs=rngs)
+    attention = _make_attention(config, rngs)
     if moe is None:
         ffn = FeedForward(width, model.d_ff, dtype, rngs=rngs)
         return Block(width, attention, ffn, norm_epsilon=epsilon)
@@ -212,6 +213,16 @@ def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Bloc
         rngs=rngs,
     )
     return Block(width, attention, moe_layer, norm_epsilon=epsilon)
+
+
+def _make_attention(config: Config, rngs: nnx.Rngs) -> Attention | LatentAttention:
+    model = config.model
+    dtype = jnp.dtype(model.compute_dtype)
+    if config.attention.kind == "latent":
+        return LatentAttention(config.attention, model.d_model, dtype, rngs=rngs)
+    return Attention(
+        config.attention, model.d_model, dtype, norm_epsilon=model.norm_epsilon, rngs=rngs
+    )
 
 
 def _first_active_top_k(config: Config, moe: MoeConfig) -> int | None:

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from moejax.config import AttentionConfig
+from moejax.nn.rope_scaling import yarn_frequencies, yarn_magnitude
+
 
 def rotate(
     x_BLHA: Float[Array, "B L H A"],
@@ -43,6 +46,23 @@ def rotate(
     rotated_halves = [rotated_first_BLHa, rotated_second_BLHa]
     rotated_BLHA = jnp.concatenate(rotated_halves, axis=-1)
     return rotated_BLHA.astype(dtype)
+
+
+def rotate_by_config(
+    x_BLHA: Float[Array, "B L H A"], positions_BL: Int[Array, "B L"], config: AttentionConfig
+) -> Float[Array, "B L H A"]:
+    """Rotates queries or keys as the model does.
+
+    Interleaved pairs, dimensions 2i and 2i + 1, are moved to i and i + A/2 first; queries and keys
+    alike, so that their products are the same.
+    """
+    if config.rope_interleaved:
+        x_BLHA = jnp.concatenate([x_BLHA[..., ::2], x_BLHA[..., 1::2]], axis=-1)
+    if config.rope_scaling == "none":
+        return rotate(x_BLHA, positions_BL, config.rope_theta)
+    frequency_a = yarn_frequencies(config, x_BLHA.shape[-1] // 2)
+    magnitude = yarn_magnitude(config)
+    return rotate(x_BLHA, positions_BL, config.rope_theta, frequency_a, magnitude)
 
 
 def _frequencies(num_pairs: int, theta: float) -> jax.Array:

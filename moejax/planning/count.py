@@ -142,17 +142,32 @@ def _training_flops(row_flops: list[Flops], length: int) -> Flops:
     return Flops(**per_token)
 
 
-def _outside_feed_forward(config: Config) -> _Layer:
-    """Counts the embeddings, and attention and the norms of all layers."""
-    model, attention = config.model, config.attention
-    length = config.data.seq_len
-    d_model = model.d_model
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """Counts of the attention of a layer.
+
+    Attributes:
+      projections: weights of its matrices.
+      vectors: weights of its norms, biases and sinks.
+      width: of all queries together, which the products with keys have.
+      value_width: of all values together, as each head sees them.
+    """
+
+    projections: int
+    vectors: int
+    width: int
+    value_width: int
+
+
+def _attention(config: Config) -> _Attention:
+    if config.attention.kind == "latent":
+        return _latent_attention(config)
+    attention, d_model = config.attention, config.model.d_model
     d_query = attention.num_heads * config.head_dim
     d_kv = attention.num_kv_heads * config.head_dim
     query_and_output = 2 * d_model * d_query
     key_and_value = 2 * d_model * d_kv
-    projections = query_and_output + key_and_value
-    vectors = 2 * d_model
+    vectors = 0
     if attention.qk_norm == "head":
         vectors += 2 * config.head_dim
     if attention.qk_norm == "whole":
@@ -163,13 +178,39 @@ def _outside_feed_forward(config: Config) -> _Layer:
         vectors += attention.num_heads
     if attention.out_bias:
         vectors += d_model
-    layers = model.num_layers * (projections + vectors)
+    return _Attention(query_and_output + key_and_value, vectors, d_query, d_query)
+
+
+def _latent_attention(config: Config) -> _Attention:
+    attention, d_model = config.attention, config.model.d_model
+    heads, d_latent = attention.num_heads, attention.d_kv_latent
+    d_query = heads * (attention.d_nope + attention.d_rope)
+    d_value = heads * attention.d_value
+    query_in = attention.d_query_latent or d_model
+    query_down = d_model * attention.d_query_latent
+    query = query_in * d_query
+    kv_down = d_model * (d_latent + attention.d_rope)
+    kv_up = d_latent * (heads * attention.d_nope + d_value)
+    output = d_value * d_model
+    vectors = attention.d_query_latent + d_latent
+    return _Attention(query_down + query + kv_down + kv_up + output, vectors, d_query, d_value)
+
+
+def _outside_feed_forward(config: Config) -> _Layer:
+    """Counts the embeddings, and attention and the norms of all layers."""
+    model = config.model
+    length = config.data.seq_len
+    d_model = model.d_model
+    attention = _attention(config)
+    norms = 2 * d_model
+    layers = model.num_layers * (attention.projections + attention.vectors + norms)
     final_norm = d_model
     embedding = config.vocab_size * d_model
     num_embeddings = 1 if model.tied_embeddings else 2
+    score_width = attention.width + attention.value_width
     flops = Flops(
-        projections=2 * length * projections * model.num_layers,
-        scores=2 * 2 * length**2 * d_query * model.num_layers,
+        projections=2 * length * attention.projections * model.num_layers,
+        scores=2 * length**2 * score_width * model.num_layers,
         logits=2 * length * embedding,
     )
     always = num_embeddings * embedding + final_norm + layers

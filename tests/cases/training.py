@@ -139,6 +139,22 @@ OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they 
             "rope_original_length": 8,
         },
     },
+    "latent attention": {
+        "moe": {"first_dense": 1},
+        "model": {"num_layers": 3},
+        "attention": {
+            "kind": "latent",
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "d_query_latent": 12,
+            "d_kv_latent": 10,
+            "d_nope": 6,
+            "d_rope": 4,
+            "d_value": 8,
+            "score_factor": 1.5,
+            "rope_interleaved": True,
+        },
+    },
     "schedules": {
         "moe": {"top_k": 4, "renormalize": False, "jitter": 0.1, "selection_bias": True},
         "schedule": {

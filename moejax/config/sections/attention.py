@@ -10,6 +10,9 @@ from moejax.config.sections.model import ModelConfig
 
 HAS_YARN = value("attention.rope_scaling", "yarn")
 
+HAS_GROUPS = value("attention.kind", "grouped_query")
+IS_LATENT = value("attention.kind", "latent")
+
 FULL = 2**30
 """A window that is as wide as any text."""
 
@@ -21,28 +24,72 @@ WINDOW_KINDS = ("window", "full")
 class AttentionConfig:
     """Attention, of which every layer has one."""
 
-    num_heads: int = leaf(4, "query heads", at_least=1)
-    num_kv_heads: int = leaf(2, "key and value heads, shared by groups of query heads", at_least=1)
-    head_dim: int = leaf(0, "width of a head; 0: model.d_model / attention.num_heads", at_least=0)
-    qk_norm: Literal["none", "head", "whole"] = leaf(
-        "none", "RMSNorm on queries and keys: of each head, or of all heads as one vector"
+    kind: Literal["grouped_query", "latent"] = leaf(
+        "grouped_query",
+        "what keys and values are made of: heads that queries share, or a latent vector (MLA)",
     )
-    qkv_bias: bool = leaf(False, "biases of queries, keys and values")
-    out_bias: bool = leaf(False, "bias of the output")
+    num_heads: int = leaf(4, "query heads", at_least=1)
+    num_kv_heads: int = leaf(
+        2,
+        "key and value heads, shared by groups of query heads",
+        at_least=1,
+        needs=HAS_GROUPS,
+    )
+    head_dim: int = leaf(
+        0,
+        "width of a head; 0: model.d_model / attention.num_heads",
+        at_least=0,
+        needs=HAS_GROUPS,
+    )
+    d_query_latent: int = leaf(
+        0, "width of the latent vector of queries; 0: none", at_least=0, needs=IS_LATENT
+    )
+    d_kv_latent: int = leaf(
+        512, "width of the latent vector of keys and values", at_least=1, needs=IS_LATENT
+    )
+    d_nope: int = leaf(
+        128, "width of the part of a query without position", at_least=1, needs=IS_LATENT
+    )
+    d_rope: int = leaf(
+        64, "width of the part of a query with rotary positions", at_least=2, needs=IS_LATENT
+    )
+    d_value: int = leaf(128, "width of a value", at_least=1, needs=IS_LATENT)
+    score_factor: float = leaf(
+        1.0,
+        "factor on the products of queries and keys over the root of their width",
+        above=0,
+        needs=IS_LATENT,
+    )
+    qk_norm: Literal["none", "head", "whole"] = leaf(
+        "none",
+        "RMSNorm on queries and keys: of each head, or of all heads as one vector",
+        needs=HAS_GROUPS,
+    )
+    qkv_bias: bool = leaf(False, "biases of queries, keys and values", needs=HAS_GROUPS)
+    out_bias: bool = leaf(False, "bias of the output", needs=HAS_GROUPS)
     clip_qkv: float = leaf(
-        0.0, "largest magnitude of queries, keys and values; 0: no limit", at_least=0
+        0.0,
+        "largest magnitude of queries, keys and values; 0: no limit",
+        at_least=0,
+        needs=HAS_GROUPS,
     )
     window: int = leaf(
         0,
         "keys that a query sees in layers with a window, its own the last; 0: no layer has one",
         at_least=0,
+        needs=HAS_GROUPS,
     )
     window_layers: str = leaf(
         "window",
         "which layers have the window: window or full for each in turn, such as window, full",
         needs=other_than("attention.window", 0),
     )
-    sinks: bool = leaf(False, "a learned score of each head, to which no key belongs")
+    sinks: bool = leaf(
+        False, "a learned score of each head, to which no key belongs", needs=HAS_GROUPS
+    )
+    rope_interleaved: bool = leaf(
+        False, "rotate neighbouring dimensions; otherwise those of the two halves of a head"
+    )
     rope_theta: float = leaf(10_000.0, "base of the rotary position embedding", at_least=1)
     rope_scaling: Literal["none", "yarn"] = leaf(
         "none", "how rotary frequencies are changed for longer texts than those of training"
@@ -87,6 +134,9 @@ def validate_attention(attention: AttentionConfig, model: ModelConfig) -> None:
             f"attention.window_layers={attention.window_layers!r} must list window or full for "
             "each layer in turn, such as window, full",
         )
+    if attention.kind == "latent":
+        _validate_latent(attention)
+        return
     # Rotary embeddings turn pairs of features, so a head has an even width.
     if attention.head_dim:
         require(
@@ -109,3 +159,16 @@ def validate_attention(attention: AttentionConfig, model: ModelConfig) -> None:
             f"attention.num_kv_heads={attention.num_kv_heads}; use one of {fitting} "
             "for attention.num_kv_heads"
         )
+
+
+def _validate_latent(attention: AttentionConfig) -> None:
+    require(
+        attention.d_rope % 2 == 0,
+        f"attention.d_rope={attention.d_rope} must be even; use {attention.d_rope + 1}",
+    )
+    d_key = attention.d_nope + attention.d_rope
+    require(
+        attention.d_value <= d_key,
+        f"attention.d_value={attention.d_value} must be at most {d_key}, the sum of "
+        f"attention.d_nope={attention.d_nope} and attention.d_rope={attention.d_rope}",
+    )

@@ -3,8 +3,15 @@
 import dataclasses
 from collections.abc import Callable
 
+from moejax.config import Config
 from moejax.interop.hf.keys import Entry
 from moejax.interop.hf.tensors import Tensor
+
+
+def _is_frequency(name: str, config: Config) -> bool:
+    """Whether a tensor holds rotary frequencies, which follow from the configuration."""
+    del config
+    return name.endswith("rotary_emb.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,4 +38,4 @@ class Family:
     dense: tuple[Tensor, ...]
     moe: tuple[Tensor, ...]
     prefix: str = "model.layers.{layer}."
-    is_ignored: Callable[[str], bool] = lambda name: name.endswith("rotary_emb.inv_freq")
+    is_ignored: Callable[[str, Config], bool] = _is_frequency

@@ -117,6 +117,23 @@ class Fixed:
         return {self.key: self.value}
 
 
+class Ignored:
+    """Keys that say nothing of how a text is evaluated, or follow from others."""
+
+    def __init__(self, *keys: str):
+        self.keys = keys
+
+    def read(self, published: Mapping[str, Any]) -> Leaves:
+        """Returns no leaf."""
+        del published
+        return {}
+
+    def write(self, leaves: Leaves) -> dict[str, Any]:
+        """Returns no key."""
+        del leaves
+        return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Always:
     """A leaf that all models of a family have alike, and no key sets."""

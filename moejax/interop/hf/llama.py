@@ -31,16 +31,21 @@ def _write_head(leaves: Leaves) -> dict[str, Any]:
     }
 
 
-DECODER: tuple[Entry, ...] = (
+BASE: tuple[Entry, ...] = (
     Key("vocab_size", "model.vocab_size"),
     Key("hidden_size", "model.d_model"),
     Key("num_hidden_layers", "model.num_layers"),
     Key("rms_norm_eps", "model.norm_epsilon"),
     Key("tie_word_embeddings", "model.tied_embeddings", default=False),
-    Mapped(("num_attention_heads", "num_key_value_heads", "head_dim"), _read_head, _write_head),
     Fixed("hidden_act", "silu"),
     ROPE_SCALING,
     Always("model.embedding_multiplier", 1.0),
+)
+"""Keys of a decoder with SwiGLU, but for its heads."""
+
+DECODER: tuple[Entry, ...] = (
+    *BASE,
+    Mapped(("num_attention_heads", "num_key_value_heads", "head_dim"), _read_head, _write_head),
 )
 """Keys of a decoder with grouped-query attention and SwiGLU."""
 
@@ -86,7 +91,7 @@ def experts_per_token(renormalize: Entry, num_experts: str, *aliases: str) -> tu
 OUTER = (
     Tensor("model.embed_tokens.weight", "V D", "embedding", "V D"),
     Tensor("model.norm.weight", "D", "final_norm/scale", "D"),
-    Tensor("lm_head.weight", "V D", "unembedding", "V D"),
+    Tensor("lm_head.weight", "V D", "unembedding", "V D", only_with="unembedding"),
 )
 """The embedding, the last norm, and the head, which a model with tied embeddings lacks."""
 

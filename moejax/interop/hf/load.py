@@ -53,12 +53,12 @@ def load_model(folder: str | Path) -> Decoder:
     folder = resolve_path(folder)
     config, family = read_config(folder)
     graphdef, params, others = _empty_model(config)
-    arrays = named_arrays(params)
+    arrays = named_arrays(params) | named_arrays(others)
     with Weights(folder) as weights:
         for name, array, tensors in arrays_with_tensors(config, family, arrays):
             _fill(Target(name, array), tensors, weights)
-        weights.check_all_used([name for name in weights.names if family.is_ignored(name)])
-    return nnx.merge(graphdef, jax.tree.map(jax.numpy.asarray, params), others)
+        weights.check_all_used([name for name in weights.names if family.is_ignored(name, config)])
+    return nnx.merge(graphdef, *jax.tree.map(jax.numpy.asarray, (params, others)))
 
 
 def _empty_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -73,7 +73,7 @@ def _empty_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         _, _, *others = nnx.split(model, nnx.Param, ...)
         return others[0]
 
-    return graphdef, params, make_others()
+    return graphdef, params, jax.tree.map(np.array, make_others())
 
 
 def _family_of(path: Path, published: Mapping[str, Any]) -> Family:

@@ -15,9 +15,6 @@ from moejax.interop.hf.tensors import Tensor, expand
 Arrays = dict[str, np.ndarray]
 """Arrays of a model by path, such as `stacks/0/block/mixer/query`."""
 
-TIED = "unembedding"
-"""The array that a model with tied embeddings lacks; its files lack the tensor, too."""
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlace:
@@ -86,10 +83,10 @@ def _with_tensors(
     tensors: Sequence[Tensor], num_experts: int, arrays: Arrays, prefix: str
 ) -> Iterator[tuple[str, np.ndarray, list[Tensor]]]:
     by_array: dict[str, list[Tensor]] = {}
-    for tensor in expand(tensors, num_experts):
+    present = [tensor for tensor in tensors if tensor.is_among(arrays)]
+    for tensor in expand(present, num_experts):
         by_array.setdefault(tensor.ours, []).append(tensor)
     for name, parts in by_array.items():
-        if name not in arrays and name != TIED:
+        if name not in arrays:
             raise HfError(f"the model has no array {prefix}{name} for {parts[0].theirs}")
-        if name in arrays:
-            yield prefix + name, arrays[name], parts
+        yield prefix + name, arrays[name], parts

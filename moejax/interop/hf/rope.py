@@ -59,7 +59,8 @@ def _magnitude(scaling: Mapping[str, Any]) -> float:
     return (0.1 * mscale * log_factor + 1) / (0.1 * all_dim * log_factor + 1)
 
 
-def _write(leaves: Leaves) -> dict[str, Any]:
+def write_scaling(leaves: Leaves) -> dict[str, Any]:
+    """Returns the key that the leaves are published as."""
     if leaves["attention.rope_scaling"] == "none":
         return {"rope_scaling": None}
     scaling = {
@@ -75,5 +76,5 @@ def _write(leaves: Leaves) -> dict[str, Any]:
     return {"rope_scaling": scaling}
 
 
-ROPE_SCALING = Mapped(("rope_scaling",), _read, _write)
+ROPE_SCALING = Mapped(("rope_scaling",), _read, write_scaling)
 """Read from either spelling, see `keys.with_todays_spelling`."""

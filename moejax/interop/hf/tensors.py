@@ -7,7 +7,7 @@ tensors: gate and up projections of each expert are parts of one array.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import einops
 import numpy as np
@@ -26,12 +26,22 @@ class Tensor:
       their_axes: its axes.
       ours: the path of our array, within a layer or the model.
       our_axes: its axes, of which some may be indices.
+      only_with: the path of an array of ours without which there is no such tensor.
+      only_without: the path of one with which there is none.
     """
 
     theirs: str
     their_axes: str
     ours: str
     our_axes: str
+    only_with: str = ""
+    only_without: str = ""
+
+    def is_among(self, ours: Container[str]) -> bool:
+        """Whether there is such a tensor next to these arrays of ours."""
+        if self.only_with and self.only_with not in ours:
+            return False
+        return not self.only_without or self.only_without not in ours
 
     @property
     def is_per_expert(self) -> bool:

@@ -10,38 +10,11 @@ from jaxtyping import Array, Float, Int
 from moejax.config import AttentionConfig
 from moejax.kernels.matmul import dense
 from moejax.nn.attention.attend import attend
+from moejax.nn.attention.cache import KVCache
 from moejax.nn.mask import AttentionMask
 from moejax.nn.norm import RMSNorm
-from moejax.nn.positions import rotate
-from moejax.nn.rope_scaling import yarn_frequencies, yarn_magnitude
+from moejax.nn.positions import rotate_by_config
 from moejax.sharding import gather_fsdp
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the positions seen so far, one slot per position.
-
-    Attributes:
-      k_BSGA: keys, already rotated; S slots.
-      v_BSGA: values.
-    """
-
-    k_BSGA: jax.Array
-    v_BSGA: jax.Array
-
-    def with_positions(
-        self,
-        k_BLGA: Float[Array, "B L G A"],
-        v_BLGA: Float[Array, "B L G A"],
-        positions_BL: Int[Array, "B L"],
-    ) -> "KVCache":
-        """Returns the cache with keys and values at the slots of L positions."""
-        row_B1 = jnp.arange(positions_BL.shape[0])[:, None]
-        return KVCache(
-            k_BSGA=self.k_BSGA.at[row_B1, positions_BL].set(k_BLGA),
-            v_BSGA=self.v_BSGA.at[row_B1, positions_BL].set(v_BLGA),
-        )
 
 
 class LayerConstant(nnx.Variable):
@@ -132,11 +105,11 @@ class Attention(nnx.Module):
           The output and the cache with the new keys and values.
         """
         q_BLHA, k_BLGA, v_BLGA = self._project(x_BLD)
-        q_BLHA = self._rotate(q_BLHA, positions_BL)
-        k_BLGA = self._rotate(k_BLGA, positions_BL)
+        q_BLHA = rotate_by_config(q_BLHA, positions_BL, self.config)
+        k_BLGA = rotate_by_config(k_BLGA, positions_BL, self.config)
         sinks_H = self.sinks[...] if self.config.sinks else None
         if cache is not None:
-            cache = cache.with_positions(k_BLGA, v_BLGA, positions_BL)
+            cache = cache.with_positions(KVCache(k_BLGA, v_BLGA), positions_BL)
             mask = self._within_window(AttentionMask.of_cache(positions_BL))
             y_BLHA = attend(q_BLHA, cache.k_BSGA, cache.v_BSGA, mask, sinks_H)
         elif segments_BL is not None:
@@ -151,15 +124,6 @@ class Attention(nnx.Module):
         if self.config.out_bias:
             y_BLD += self.out_bias[...].astype(self.dtype)[None, None]
         return y_BLD, cache
-
-    def _rotate(self, x_BLHA: jax.Array, positions_BL: jax.Array) -> jax.Array:
-        """Turns queries or keys by their positions."""
-        config = self.config
-        if config.rope_scaling == "none":
-            return rotate(x_BLHA, positions_BL, config.rope_theta)
-        frequency_a = yarn_frequencies(config, self.head_dim // 2)
-        magnitude = yarn_magnitude(config)
-        return rotate(x_BLHA, positions_BL, config.rope_theta, frequency_a, magnitude)
 
     def _within_window(self, mask: AttentionMask) -> AttentionMask:
         """Returns the mask with the layer's window, if the model has any."""

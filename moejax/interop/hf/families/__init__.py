@@ -1,9 +1,10 @@
 """The families, by what `config.json` calls them; each is one file."""
 
-from moejax.interop.hf.families import gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from moejax.interop.hf.families import deepseek_v3, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from moejax.interop.hf.family import Family
 
 FAMILIES: dict[str, Family] = {
+    "deepseek_v3": deepseek_v3.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,

@@ -1,0 +1,123 @@
+"""Multi-head latent attention: keys and values of all heads are made of one small vector."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moejax.config import AttentionConfig
+from moejax.kernels.matmul import dense
+from moejax.nn.attention.attend import attend
+from moejax.nn.attention.cache import LatentCache
+from moejax.nn.mask import AttentionMask
+from moejax.nn.norm import RMSNorm
+from moejax.nn.positions import rotate_by_config
+from moejax.sharding import gather_fsdp
+
+LATENT_EPSILON = 1e-6
+"""Of the norms of latent vectors, whatever that of the other norms is (DeepSeek-V2 and V3)."""
+
+
+class LatentAttention(nnx.Module):
+    """Causal attention of H heads whose keys and values come from a latent vector of each token.
+
+    A head's query and key have a part without position and one with rotary positions, which is the
+    same key for all heads. Only the latent vector and that key are cached.
+
+    Args:
+      config: of attention.
+      width: of the residual stream, D.
+      dtype: the compute dtype.
+      rngs: for the parameters.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1.
+    """
+
+    def __init__(self, config: AttentionConfig, width: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        heads, d_rope, d_kv = config.num_heads, config.d_rope, config.d_kv_latent
+        d_query = config.d_nope + d_rope
+        init = jax.nn.initializers.lecun_normal(in_axis=0)
+        init_heads = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        init_out = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        if config.d_query_latent:
+            down_DC = init(rngs.params(), (width, config.d_query_latent))
+            self.query_down = nnx.Param(down_DC, axes=("embed", "latent"))
+            self.query_norm = RMSNorm(config.d_query_latent, LATENT_EPSILON)
+        query_CHA = init_heads(rngs.params(), (config.d_query_latent or width, heads, d_query))
+        first_axis = "latent" if config.d_query_latent else "embed"
+        self.query = nnx.Param(query_CHA, axes=(first_axis, "heads", "head"))
+        down_DX = init(rngs.params(), (width, d_kv + d_rope))
+        self.kv_down = nnx.Param(down_DX, axes=("embed", "latent"))
+        self.kv_norm = RMSNorm(d_kv, LATENT_EPSILON)
+        kv_up_CHX = init_heads(rngs.params(), (d_kv, heads, config.d_nope + config.d_value))
+        self.kv_up = nnx.Param(kv_up_CHX, axes=("latent", "heads", "head"))
+        out_HAD = init_out(rngs.params(), (heads, config.d_value, width))
+        self.out = nnx.Param(out_HAD, axes=("heads", "head", "embed"))
+        self.config = config
+        self.dtype = dtype
+
+    def init_cache(self, batch: int, slots: int) -> LatentCache:
+        """Returns an empty cache of `slots` positions for each of `batch` rows."""
+        latent_BSC = jnp.zeros((batch, slots, self.config.d_kv_latent), self.dtype)
+        key_BSA = jnp.zeros((batch, slots, self.config.d_rope), self.dtype)
+        return LatentCache(latent_BSC, key_BSA)
+
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        positions_BL: Int[Array, "B L"],
+        segments_BL: Int[Array, "B L"] | None = None,
+        cache: LatentCache | None = None,
+    ) -> tuple[Float[Array, "B L D"], LatentCache | None]:
+        """Attends within the row, or to the cache; see `Attention`."""
+        q_BLHA = self._queries(x_BLD, positions_BL)
+        seen = self._compress(x_BLD, positions_BL)
+        if cache is not None:
+            cache = cache.with_positions(seen, positions_BL)
+            seen = cache
+            mask = AttentionMask.of_cache(positions_BL)
+        elif segments_BL is not None:
+            mask = AttentionMask.within_rows(segments_BL)
+        else:
+            raise ValueError(
+                "attention within rows needs segments_BL, and attention to a cache needs cache; "
+                "give one"
+            )
+        k_BSHA, v_BSHA = self._keys_and_values(seen)
+        y_BLHA = attend(q_BLHA, k_BSHA, v_BSHA, mask)
+        y_BLHV = y_BLHA[..., : self.config.d_value]
+        return dense(y_BLHV, gather_fsdp(self.out, self.dtype), num_contracted=2), cache
+
+    def _queries(self, x_BLD: jax.Array, positions_BL: jax.Array) -> jax.Array:
+        """Returns queries, without position first, times the factor on scores."""
+        config = self.config
+        if config.d_query_latent:
+            x_BLD = self.query_norm(dense(x_BLD, gather_fsdp(self.query_down, self.dtype)))
+        q_BLHA = dense(x_BLD, gather_fsdp(self.query, self.dtype))
+        plain_BLHA, turned_BLHA = jnp.split(q_BLHA, [config.d_nope], axis=-1)
+        turned_BLHA = rotate_by_config(turned_BLHA, positions_BL, config)
+        q_BLHA = jnp.concatenate([plain_BLHA, turned_BLHA], axis=-1)
+        if config.score_factor == 1:
+            return q_BLHA
+        return (q_BLHA.astype(jnp.float32) * config.score_factor).astype(self.dtype)
+
+    def _compress(self, x_BLD: jax.Array, positions_BL: jax.Array) -> LatentCache:
+        """Returns what keys and values of these positions are made of."""
+        config = self.config
+        down_BLX = dense(x_BLD, gather_fsdp(self.kv_down, self.dtype))
+        latent_BLC, key_BLA = jnp.split(down_BLX, [config.d_kv_latent], axis=-1)
+        key_BL1A = rotate_by_config(key_BLA[:, :, None], positions_BL, config)
+        return LatentCache(self.kv_norm(latent_BLC), key_BL1A[:, :, 0])
+
+    def _keys_and_values(self, seen: LatentCache) -> tuple[jax.Array, jax.Array]:
+        """Returns keys, and values with zeros up to the width of keys."""
+        config = self.config
+        up_BSHX = dense(seen.latent_BSC, gather_fsdp(self.kv_up, self.dtype))
+        plain_BSHA, v_BSHV = jnp.split(up_BSHX, [config.d_nope], axis=-1)
+        batch, slots, heads, _ = plain_BSHA.shape
+        shared_shape = (batch, slots, heads, config.d_rope)
+        shared_BSHA = jnp.broadcast_to(seen.key_BSA[:, :, None], shared_shape)
+        k_BSHA = jnp.concatenate([plain_BSHA, shared_BSHA], axis=-1)
+        missing = k_BSHA.shape[-1] - config.d_value
+        v_BSHA = jnp.pad(v_BSHV, ((0, 0), (0, 0), (0, 0), (0, missing)))
+        return k_BSHA, v_BSHA
