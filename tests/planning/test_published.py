@@ -12,6 +12,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 BILLIONS = {
     "mixtral_8x7b": (46.7, 12.9),
+    "published/deepseek_v3": (671.0, 37.5),
     "published/gpt_oss_120b": (116.8, 5.7),
     "published/gpt_oss_20b": (20.9, 4.2),
     "published/olmoe_1b_7b": (6.92, 1.28),
@@ -20,7 +21,8 @@ BILLIONS = {
 }
 """Total and active parameters as their authors give them, rounded.
 
-Of gpt-oss, whose 5.1 and 3.6 billion active ones leave out the embedding, with its 0.6 billion.
+Active ones are here with the embedding, which those of gpt-oss (5.1 and 3.6 billion, and 0.6 of the
+embedding) and DeepSeek-V3 (37 billion) leave out.
 """
 
 
