@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 import oracle
-from cases.training import small_config
+from cases.training import case_config, small_config
 from moejax.config import Knobs, resolve
+from moejax.config.sections.attention import FULL
 from moejax.inference.layered import LayeredDecoder
 from moejax.models.blocks import Context
 from moejax.models.decoder import Decoder
@@ -512,3 +513,11 @@ def test_walking_through_the_layers_draws_what_the_scan_draws():
     walked, scanned = walk(tokens_BL), scan(tokens_BL)
     oracle.assert_close(walked[0], scanned[0])
     assert scanned[1].tolist() == walked[1].tolist() and len(set(walked[1].tolist())) > 1
+
+
+def test_every_layer_has_its_window_also_where_dense_layers_and_experts_take_turns():
+    config = case_config("attention")
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    windows = [int(block.mixer.window[...]) for block, _ in model.walk()]
+    assert windows == [3, FULL, FULL, 3, FULL]
+    assert [block.is_moe for block, _ in model.walk()] == [False, False, True, False, True]
