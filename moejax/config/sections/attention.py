@@ -121,9 +121,13 @@ class AttentionConfig:
 
     def windows(self, num_layers: int) -> tuple[int, ...]:
         """Returns how many keys a query sees in each layer; `FULL` where there is no window."""
-        kinds = [kind.strip() for kind in self.window_layers.split(",")]
         widths = {"window": self.window, "full": FULL}
-        return tuple(widths[kinds[layer % len(kinds)]] for layer in range(num_layers))
+        kinds = self.window_layers.split(",")
+        windows = []
+        for layer in range(num_layers):
+            kind = kinds[layer % len(kinds)].strip()
+            windows.append(widths[kind])
+        return tuple(windows)
 
 
 def validate_attention(attention: AttentionConfig, model: ModelConfig) -> None:

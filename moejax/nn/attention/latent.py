@@ -114,10 +114,10 @@ class LatentAttention(nnx.Module):
         config = self.config
         up_BSHX = dense(seen.latent_BSC, gather_fsdp(self.kv_up, self.dtype))
         plain_BSHA, v_BSHV = jnp.split(up_BSHX, [config.d_nope], axis=-1)
-        batch, slots, heads, _ = plain_BSHA.shape
-        shared_shape = (batch, slots, heads, config.d_rope)
-        shared_BSHA = jnp.broadcast_to(seen.key_BSA[:, :, None], shared_shape)
+        shared_BS1A = seen.key_BSA[:, :, None]
+        shared_BSHA = jnp.repeat(shared_BS1A, config.num_heads, axis=2)
         k_BSHA = jnp.concatenate([plain_BSHA, shared_BSHA], axis=-1)
-        missing = k_BSHA.shape[-1] - config.d_value
-        v_BSHA = jnp.pad(v_BSHV, ((0, 0), (0, 0), (0, 0), (0, missing)))
+        missing = config.d_nope + config.d_rope - config.d_value
+        no_padding = (0, 0)
+        v_BSHA = jnp.pad(v_BSHV, (no_padding, no_padding, no_padding, (0, missing)))
         return k_BSHA, v_BSHA

@@ -40,8 +40,11 @@ def _read_windows(published: Mapping[str, Any]) -> Leaves:
 
 def _write_windows(leaves: Leaves) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in THEIR_KINDS.items()}
-    listed = [kind.strip() for kind in leaves["attention.window_layers"].split(",")]
-    kinds = [names[listed[n % len(listed)]] for n in range(leaves["model.num_layers"])]
+    listed = leaves["attention.window_layers"].split(",")
+    kinds = []
+    for layer in range(leaves["model.num_layers"]):
+        ours = listed[layer % len(listed)].strip()
+        kinds.append(names[ours])
     return {"sliding_window": leaves["attention.window"], "layer_types": kinds}
 
 
