@@ -28,10 +28,9 @@ ACCUMULATED = {
 }
 
 # What another case could change in a step: a bias that follows the counts of all microbatches and
-# devices, slots of the whole batch, and attention. The rest differ from these in what is a function
-# of each token or sequence alone, or in other sums over the tokens: `make test-slow` compares their
-# steps.
-ALWAYS = {"sigmoid_topk", "capacity of all", "attention"}
+# devices, and slots of the whole batch. The rest differ from these in what is a function of each
+# token or sequence alone, or in other sums over the tokens: `make test-slow` compares their steps.
+ALWAYS = {"sigmoid_topk", "capacity of all"}
 
 each_case = pytest.mark.parametrize(
     "case",

@@ -45,22 +45,27 @@ def inputs_of(tokens_BL, mask_BL=None, positions_BL=None):
 
 
 @functools.cache
-def run(family, padding=""):
-    """Returns logits and statistics of the reference's inputs."""
-    arrays = reference(family)
-    tokens_BL = arrays[f"{padding}input_ids"]
-    mask_BL = arrays.get(f"{padding}attention_mask")
-    inputs = inputs_of(tokens_BL, mask_BL, arrays.get(f"{padding}position_ids"))
-
+def program(family):
+    """Returns what computes logits, hidden states and statistics: compiled once for all inputs."""
     graphdef, state = nnx.split(model_of(family))
 
     @jax.jit
-    def logits_and_stats(*inputs):
+    def compute(*inputs):
         model = nnx.merge(graphdef, state)
         hidden_BLD, stats = model(*inputs, trace=True)
         return model.logits(hidden_BLD), hidden_BLD, stats
 
-    return logits_and_stats(*inputs)
+    return compute
+
+
+@functools.cache
+def run(family, padding=""):
+    """Returns logits, hidden states and statistics of the reference's inputs."""
+    arrays = reference(family)
+    tokens_BL = arrays[f"{padding}input_ids"]
+    mask_BL = arrays.get(f"{padding}attention_mask")
+    inputs = inputs_of(tokens_BL, mask_BL, arrays.get(f"{padding}position_ids"))
+    return program(family)(*inputs)
 
 
 @of_each
