@@ -88,6 +88,11 @@ def experts_per_token(renormalize: Entry, num_experts: str, *aliases: str) -> tu
     )
 
 
+SOFTMAX_ROUTER = experts_per_token(
+    Key("norm_topk_prob", "moe.renormalize", default=False), "num_experts", "num_local_experts"
+)
+"""Keys of a softmax router that says whether it renormalises."""
+
 OUTER = (
     Tensor("model.embed_tokens.weight", "V D", "embedding", "V D"),
     Tensor("model.norm.weight", "D", "final_norm/scale", "D"),

@@ -9,7 +9,7 @@ from moejax.interop.hf.llama import (
     MLP_ROUTER,
     NORMS,
     OUTER,
-    experts_per_token,
+    SOFTMAX_ROUTER,
 )
 from moejax.interop.hf.tensors import Tensor
 
@@ -23,11 +23,7 @@ FAMILY = Family(
     architecture="OlmoeForCausalLM",
     keys=(
         *DECODER,
-        *experts_per_token(
-            Key("norm_topk_prob", "moe.renormalize", default=False),
-            "num_experts",
-            "num_local_experts",
-        ),
+        *SOFTMAX_ROUTER,
         Key("intermediate_size", "moe.d_expert"),
         Key("rope_theta", "attention.rope_theta", default=1e4),
         Key("clip_qkv", "attention.clip_qkv", default=0.0),

@@ -11,7 +11,7 @@ from moejax.interop.hf.llama import (
     NORMS,
     OUTER,
     QKV_BIAS,
-    experts_per_token,
+    SOFTMAX_ROUTER,
     feed_forward,
 )
 from moejax.interop.hf.sparse_steps import SPARSE_STEPS
@@ -23,11 +23,7 @@ FAMILY = Family(
     keys=(
         *DECODER,
         NO_WINDOW,
-        *experts_per_token(
-            Key("norm_topk_prob", "moe.renormalize", default=False),
-            "num_experts",
-            "num_local_experts",
-        ),
+        *SOFTMAX_ROUTER,
         SPARSE_STEPS,
         Key("intermediate_size", "model.d_ff"),
         Key("moe_intermediate_size", "moe.d_expert"),

@@ -1,6 +1,7 @@
-"""The shape of gpt-oss-120b: 116.8 billion parameters, 5.1 active.
+"""The shapes of gpt-oss: 20.9 billion parameters, 3.6 active, or 116.8 and 5.1.
 
-  moejax config --config=configs/published/gpt_oss_120b.py
+  moejax config --config=configs/published/gpt_oss.py
+  moejax config --config=configs/published/gpt_oss.py:120b
 
 The shape is that of the published checkpoint, in whose layers a window of 128 tokens and full
 attention take turns. `moejax.interop.hf` loads its layout in float32 or bfloat16; the published
@@ -11,11 +12,15 @@ from ml_collections import ConfigDict
 
 from moejax import config as moejax_config
 
+SIZES = {"20b": (24, 32), "120b": (36, 128)}
+"""Layers, and experts of each."""
 
-def get_config() -> ConfigDict:
-    """Returns the recipe."""
+
+def get_config(size: str = "20b") -> ConfigDict:
+    """Returns the recipe of a size: 20b or 120b."""
+    num_layers, num_experts = SIZES[size]
     config = moejax_config.default()
-    config.model.num_layers = 36
+    config.model.num_layers = num_layers
     config.model.d_model = 2880
     config.model.vocab_size = 201_088
     config.model.tied_embeddings = False
@@ -35,7 +40,7 @@ def get_config() -> ConfigDict:
     config.attention.rope_factor = 32.0
     config.attention.rope_original_length = 4096
     config.attention.rope_truncate = False
-    config.moe.num_experts = 128
+    config.moe.num_experts = num_experts
     config.moe.top_k = 4
     config.moe.d_expert = 2880
     config.moe.score = "softmax_after"
