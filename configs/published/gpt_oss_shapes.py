@@ -1,7 +1,7 @@
 """The shapes of gpt-oss: 20.9 billion parameters, 3.6 active, or 116.8 and 5.1.
 
-  moejax config --config=configs/published/gpt_oss.py
-  moejax config --config=configs/published/gpt_oss.py:120b
+  moejax config --config=configs/published/gpt_oss_shapes.py
+  moejax config --config=configs/published/gpt_oss_shapes.py:120b
 
 The shape is that of the published checkpoint, in whose layers a window of 128 tokens and full
 attention take turns. `moejax.interop.hf` loads its layout in float32 or bfloat16; the published
