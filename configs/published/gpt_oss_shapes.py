@@ -18,6 +18,8 @@ SIZES = {"20b": (24, 32), "120b": (36, 128)}
 
 def get_config(size: str = "20b") -> ConfigDict:
     """Returns the recipe of a size: 20b or 120b."""
+    if size not in SIZES:
+        raise ValueError(f"gpt-oss has no size {size}; use {' or '.join(SIZES)}")
     num_layers, num_experts = SIZES[size]
     config = moejax_config.default()
     config.model.num_layers = num_layers
