@@ -228,10 +228,11 @@ def _splits(config: Config) -> list[tuple[str, int, str]]:
     splits = [
         ("model.d_model", model.d_model, "fsdp"),
         ("attention.num_heads", attention.num_heads, "tensor"),
-        ("attention.num_kv_heads", attention.num_kv_heads, "tensor"),
         ("data.vocab_size", config.vocab_size, "tensor"),
         ("data.seq_len", config.data.seq_len, "context"),
     ]
+    if attention.kind == "grouped_query":
+        splits.append(("attention.num_kv_heads", attention.num_kv_heads, "tensor"))
     if config.num_moe_layers < model.num_layers:
         splits.append(("model.d_ff", model.d_ff, "tensor"))
     if config.num_moe_layers:

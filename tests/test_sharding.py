@@ -262,3 +262,11 @@ def test_a_logical_axis_without_a_rule_is_refused_with_the_known_ones():
 def test_rules_name_mesh_axes_and_all_but_two_split_the_batch():
     assert {mesh_axis for axis in RULES for mesh_axis in mesh_axes_of(axis)} <= set(MESH_AXES)
     assert set(BATCH_AXES) == set(MESH_AXES) - {"context", "tensor"}
+
+
+def test_heads_of_keys_split_nothing_where_every_head_has_keys_of_a_latent_vector():
+    leaves = {"mesh.data": 1, "mesh.tensor": 4}
+    with pytest.raises(ConfigError, match="attention.num_kv_heads=2"):
+        make_mesh(resolve(nested(leaves)), jax.devices()[:4])
+    mesh = make_mesh(resolve(nested(leaves | {"attention.kind": "latent"})), jax.devices()[:4])
+    assert mesh.shape["tensor"] == 4

@@ -1,16 +1,16 @@
 """A family of released models: its keys and its tensors."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from moejax.config import Config
 from moejax.interop.hf.keys import Entry
 from moejax.interop.hf.tensors import Tensor
 
 
-def _is_frequency(name: str, config: Config) -> bool:
-    """Whether a tensor holds rotary frequencies, which follow from the configuration."""
-    del config
+def _is_frequency(name: str, published: Mapping[str, Any]) -> bool:
+    """Whether a tensor holds rotary frequencies, which follow from `config.json`."""
+    del published
     return name.endswith("rotary_emb.inv_freq")
 
 
@@ -27,7 +27,8 @@ class Family:
       dense: further tensors of a dense layer.
       moe: further tensors of a MoE layer.
       prefix: of the names of a layer's tensors.
-      is_ignored: whether a tensor says nothing that `config.json` does not.
+      is_ignored: whether a tensor, by its name and the content of `config.json`, says nothing of
+        how a text is evaluated.
     """
 
     model_type: str
@@ -38,4 +39,4 @@ class Family:
     dense: tuple[Tensor, ...]
     moe: tuple[Tensor, ...]
     prefix: str = "model.layers.{layer}."
-    is_ignored: Callable[[str, Config], bool] = _is_frequency
+    is_ignored: Callable[[str, Mapping[str, Any]], bool] = _is_frequency

@@ -185,7 +185,7 @@ def first_of(published: Mapping[str, Any], keys: Sequence[str], default: Any = R
     return default
 
 
-def with_todays_spelling(published: Mapping[str, Any]) -> dict[str, Any]:
+def with_older_spelling(published: Mapping[str, Any]) -> dict[str, Any]:
     """Returns keys with the rotary embedding as older files spell it.
 
     Newer ones have `rope_parameters` in place of `rope_theta` and `rope_scaling`.
@@ -211,7 +211,7 @@ def read_keys(table: Sequence[Entry], published: Mapping[str, Any]) -> dict[str,
     Raises:
       HfError: a key that the family does not have, or a value that is not implemented.
     """
-    keys = with_todays_spelling(published)
+    keys = with_older_spelling(published)
     known = set(WITHOUT_MEANING)
     for entry in table:
         known.update(entry.keys)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moejax.config import Config, ConfigError, nearest, resolve
+from moejax.config import Config, nearest, resolve
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.families import FAMILIES
 from moejax.interop.hf.family import Family
@@ -27,7 +27,12 @@ def read_config(folder: str | Path) -> tuple[Config, Family]:
     Raises:
       HfError: no such file, a family that is not known, or something that is not implemented.
     """
-    path = resolve_path(folder) / "config.json"
+    config, family, _ = _read_published(resolve_path(folder) / "config.json")
+    return config, family
+
+
+def _read_published(path: Path) -> tuple[Config, Family, Mapping[str, Any]]:
+    """Returns the configuration of a `config.json`, its family, and its content."""
     try:
         published = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -37,9 +42,9 @@ def read_config(folder: str | Path) -> tuple[Config, Family]:
     family = _family_of(path, published)
     try:
         config = resolve(read_keys(family.keys, published))
-    except (HfError, ConfigError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise HfError(f"{path}: {error}") from error
-    return config, family
+    return config, family, published
 
 
 def load_model(folder: str | Path) -> Decoder:
@@ -51,13 +56,14 @@ def load_model(folder: str | Path) -> Decoder:
       HfError: a folder that holds something else than such a model.
     """
     folder = resolve_path(folder)
-    config, family = read_config(folder)
+    config, family, published = _read_published(folder / "config.json")
     graphdef, params, others = _empty_model(config)
     arrays = named_arrays(params) | named_arrays(others)
     with Weights(folder) as weights:
         for name, array, tensors in arrays_with_tensors(config, family, arrays):
             _fill(Target(name, array), tensors, weights)
-        weights.check_all_used([name for name in weights.names if family.is_ignored(name, config)])
+        ignored = [name for name in weights.names if family.is_ignored(name, published)]
+        weights.check_all_used(ignored)
     return nnx.merge(graphdef, *jax.tree.map(jax.numpy.asarray, (params, others)))
 
 

@@ -25,14 +25,14 @@ def _read(published: Mapping[str, Any]) -> Leaves:
     scaling = published.get("rope_scaling")
     if scaling is None:
         return {"attention.rope_scaling": "none"}
+    unknown = sorted(scaling.keys() - KNOWN)
+    if unknown:
+        raise HfError(f"rope_scaling has {unknown[0]}, which is not implemented")
     kind = first_of(scaling, ("rope_type", "type"), "default")
     if kind == "default":
         return {"attention.rope_scaling": "none"}
     if kind != "yarn":
         raise HfError(f"rope_scaling has rope_type={kind}, which is not implemented; yarn is")
-    unknown = sorted(scaling.keys() - KNOWN)
-    if unknown:
-        raise HfError(f"rope_scaling has {unknown[0]}, which is not implemented")
     length = first_of(published, ("max_position_embeddings",), 0)
     return {
         "attention.rope_scaling": "yarn",
@@ -77,4 +77,4 @@ def write_scaling(leaves: Leaves) -> dict[str, Any]:
 
 
 ROPE_SCALING = Mapped(("rope_scaling",), _read, write_scaling)
-"""Read from either spelling, see `keys.with_todays_spelling`."""
+"""Read from either spelling, see `keys.with_older_spelling`."""

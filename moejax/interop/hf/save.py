@@ -63,17 +63,23 @@ def save_model(model: Decoder, folder: str | Path, model_type: str) -> None:
 
     Args:
       model: whose layers are those of the family.
-      folder: is made if it is not there.
+      folder: is made if it is not there; it may hold no other model.
       model_type: of the family, such as "mixtral".
 
     Raises:
-      HfError: a model that is not one of the family; the message names the leaf.
+      HfError: a model that is not one of the family, whose message names the leaf, or a folder
+        that holds a model.
     """
+    path = resolve_path(folder)
+    found = sorted(
+        each.name for each in path.glob("*") if each.name.startswith(("model", "config"))
+    )
+    if found:
+        raise HfError(f"{path} holds {found[0]}; name a folder without a model")
     family = FAMILIES[model_type]
     keys = published_keys(model.config, family)
     arrays = named_arrays(jax.tree.map(np.asarray, nnx.state(model)))
     tensors = dict(their_tensors(model.config, family, arrays))
-    path = resolve_path(folder)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / SINGLE, metadata={"format": "pt"})
     replace_file(path / "config.json", json.dumps(keys, indent=2).encode())

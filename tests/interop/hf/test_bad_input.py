@@ -83,6 +83,13 @@ def test_files_with_an_index_are_the_same_model(folder):
         ("num_experts_per_tok", 9, "moe.top_k=9"),
         ("rms_norm_eps", "small", "model.norm_epsilon='small'"),
         ("vocab_size", None, "has no vocab_size"),
+        ("num_attention_heads", 0, "config.json: "),
+        ("hidden_size", "wide", "config.json: "),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "rope_scaling has partial_rotary_factor, which is not implemented",
+        ),
     ],
 )
 def test_a_configuration_that_asks_for_something_else_is_refused_by_its_key(
@@ -90,6 +97,15 @@ def test_a_configuration_that_asks_for_something_else_is_refused_by_its_key(
 ):
     change_config(folder, **{key: value})
     assert words in refusal(folder)
+
+
+def test_only_the_layers_that_predict_further_tokens_are_left_out(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(FOLDER / "deepseek_v3" / name, tmp_path / name)
+    change_config(tmp_path, num_hidden_layers=2)
+    assert "no place for: model.layers.2." in refusal(tmp_path)
+    change_config(tmp_path, num_nextn_predict_layers=1)
+    assert load_model(tmp_path).config.model.num_layers == 2
 
 
 @pytest.mark.parametrize("text", [b"{", b"[]", b"\xff", b""])

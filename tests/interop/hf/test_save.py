@@ -28,6 +28,8 @@ def test_a_model_that_is_written_has_every_tensor_bit_for_bit(family, tmp_path):
         np.testing.assert_array_equal(found[name], tensor, err_msg=name)
         assert found[name].dtype == tensor.dtype
     assert read_config(tmp_path / "out")[0] == read_config(FOLDER / family)[0]
+    with pytest.raises(HfError, match=r"holds config\.json; name a folder without a model"):
+        save_model(model, tmp_path / "out", family)
 
 
 @of_each

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.config import Config
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.family import Family
 from moejax.interop.hf.keys import Always, Fixed, Ignored, Key, Leaves, Mapped, first_of
@@ -50,11 +49,12 @@ def _write_heads(leaves: Leaves) -> dict[str, Any]:
     return {"num_attention_heads": heads, "num_key_value_heads": heads}
 
 
-def _is_of_further_layers(name: str, config: Config) -> bool:
-    """Whether a tensor is of a layer after the last: it predicts further tokens in training."""
-    parts = name.split(".")
-    is_of_layer = parts[:2] == ["model", "layers"] and parts[2].isdigit()
-    return is_of_layer and int(parts[2]) >= config.model.num_layers
+def _is_of_further_layers(name: str, published: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of a layer after the last, which predicts further tokens in training."""
+    first = first_of(published, ("num_hidden_layers",))
+    num_further = first_of(published, ("num_nextn_predict_layers",), 0)
+    prefixes = [f"model.layers.{layer}." for layer in range(first, first + num_further)]
+    return name.startswith(tuple(prefixes))
 
 
 FAMILY = Family(
