@@ -266,7 +266,7 @@ def test_rules_name_mesh_axes_and_all_but_two_split_the_batch():
 
 def test_heads_of_keys_split_nothing_where_every_head_has_keys_of_a_latent_vector():
     leaves = {"mesh.data": 1, "mesh.tensor": 4}
-    with pytest.raises(ConfigError, match="attention.num_kv_heads=2"):
+    with pytest.raises(ConfigError, match=r"attention\.num_kv_heads=2"):
         make_mesh(resolve(nested(leaves)), jax.devices()[:4])
     mesh = make_mesh(resolve(nested(leaves | {"attention.kind": "latent"})), jax.devices()[:4])
     assert mesh.shape["tensor"] == 4

@@ -10,9 +10,13 @@ def _read(published: Mapping[str, Any]) -> Leaves:
     """Returns dense layers: layer i is sparse where i + 1 is a multiple of the step."""
     num_layers = first_of(published, ("num_hidden_layers",))
     step = first_of(published, ("decoder_sparse_step",), 1)
-    dense = set(first_of(published, ("mlp_only_layers",), []))
-    dense |= {layer for layer in range(num_layers) if (layer + 1) % step}
-    return {"moe.per_layer": "; ".join(f"{layer}: dense" for layer in sorted(dense))}
+    named = first_of(published, ("mlp_only_layers",), [])
+    entries = []
+    for layer in range(num_layers):
+        is_between_steps = (layer + 1) % step != 0
+        if is_between_steps or layer in named:
+            entries.append(f"{layer}: dense")
+    return {"moe.per_layer": "; ".join(entries)}
 
 
 def _write(leaves: Leaves) -> dict[str, Any]:
