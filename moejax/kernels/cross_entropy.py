@@ -6,6 +6,7 @@ computes those of a chunk again. Fused kernels can take the place of `cross_entr
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +32,31 @@ It is finite, and its probability is 0 at any temperature that `generate` takes.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The linear map from hidden states to logits.
+    """The map from hidden states to logits: c tanh((hidden @ weight + bias) / divisor / c).
 
     Attributes:
       weight_VD: a vector for each id, in the compute dtype.
       num_tokens: ids from this one on are no tokens; they fill up the vocabulary.
+      bias_V: float32; None without.
+      divisor: of the logits.
+      cap: c, the largest magnitude; 0: logits have no soft cap.
     """
 
     weight_VD: jax.Array
     num_tokens: int = dataclasses.field(metadata={"static": True})
+    bias_V: Any = None
+    divisor: float = dataclasses.field(default=1.0, metadata={"static": True})
+    cap: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Returns logits, float32; those of ids that are no token are `NO_TOKEN`."""
         logits_BLV = dense(hidden_BLD, self.weight_VD.T, out_dtype=jnp.float32)
+        if self.bias_V is not None:
+            logits_BLV += self.bias_V[None, None]
+        if self.divisor != 1:
+            logits_BLV /= self.divisor
+        if self.cap:
+            logits_BLV = self.cap * jnp.tanh(logits_BLV / self.cap)
         vocab_size = self.weight_VD.shape[0]
         if self.num_tokens == vocab_size:
             return logits_BLV

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.config import Config
+from moejax.config import Config, ModelConfig
 from moejax.moe.balancing.stats import RoutingStats
 from moejax.moe.expert_parallel.strategy import EXCHANGED
 from moejax.moe.experts.experts import FeedForward
@@ -23,7 +23,7 @@ from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 from moejax.moe.router.selection import SAVED_NAMES
 from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.cache import Cache
-from moejax.nn.norm import RMSNorm
+from moejax.nn.norms import Identity, Norm, make_norm
 from moejax.sharding import constrain_tokens
 
 
@@ -77,22 +77,29 @@ class Mixer(Protocol):
 
 
 class Block(nnx.Module):
-    """One layer: a mixer of tokens, then a feed-forward part, each with a norm and a residual.
+    """One layer: a mixer of tokens, then a feed-forward part, each with norms and a residual.
+
+    With r the residual multiplier, n a norm before a part and p one after it, the residual stream
+    is x + r p(mixer(n(x))) after the mixer, and likewise after the feed-forward part. Which of the
+    norms there are is `model.norm_order`. With `model.parallel_residual` both parts read n(x).
 
     Args:
-      width: of the residual stream, D.
+      config: for the norms and the residual.
       mixer: what a token learns from others of its row.
       ffn: what is done to each token: a MoE layer or a feed-forward network.
-      norm_epsilon: of both norms.
     """
 
-    def __init__(
-        self, width: int, mixer: Mixer, ffn: MoE | FeedForward, *, norm_epsilon: float = 1e-6
-    ):
-        self.mixer_norm = RMSNorm(width, norm_epsilon)
+    def __init__(self, config: ModelConfig, mixer: Mixer, ffn: MoE | FeedForward):
+        has_pre_norms = config.norm_order in ("pre", "sandwich")
+        has_post_norms = config.norm_order in ("post", "sandwich")
+        self.mixer_norm = _norm_or_identity(config, has_pre_norms)
         self.mixer = mixer
-        self.ffn_norm = RMSNorm(width, norm_epsilon)
+        self.mixer_post_norm = _norm_or_identity(config, has_post_norms)
+        self.ffn_norm = _norm_or_identity(config, has_pre_norms and not config.parallel_residual)
         self.ffn = ffn
+        self.ffn_post_norm = _norm_or_identity(config, has_post_norms)
+        self.is_parallel = config.parallel_residual
+        self.residual_multiplier = config.residual_multiplier
 
     @property
     def is_moe(self) -> bool:
@@ -112,16 +119,16 @@ class Block(nnx.Module):
         Without a cache it mixes the tokens of `x_BLD` alone.
         """
         with jax.named_scope("mixer"):
-            y_BLD, cache = self.mix(x_BLD, context, cache)
-            x_BLD += y_BLD
-        normed_BLD = self.ffn_norm(x_BLD)
+            mixed_BLD, cache = self.mix(x_BLD, context, cache)
+            residual_BLD = self.add_mixed(x_BLD, mixed_BLD)
+        inputs_BLD = self.ffn_inputs(x_BLD, residual_BLD)
         if isinstance(self.ffn, MoE):
             with jax.named_scope("moe"):
-                y_BLD, stats = self.ffn(normed_BLD, context.info)
-            return x_BLD + y_BLD, stats, cache
-        with jax.named_scope("ffn"):
-            y_BLD = self.ffn(normed_BLD)
-            return x_BLD + y_BLD, None, cache
+                y_BLD, stats = self.ffn(inputs_BLD, context.info)
+        else:
+            with jax.named_scope("ffn"):
+                y_BLD, stats = self.ffn(inputs_BLD), None
+        return residual_BLD + self._scaled(self.ffn_post_norm(y_BLD)), stats, cache
 
     def mix(
         self,
@@ -129,9 +136,29 @@ class Block(nnx.Module):
         context: Context,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Returns what the mixer adds to the residual stream, and its cache."""
+        """Returns what the mixer makes of the residual stream, and its cache."""
         normed_BLD = self.mixer_norm(x_BLD)
         return self.mixer(normed_BLD, context.positions_BL, context.segments_BL, cache)
+
+    def add_mixed(self, x_BLD: jax.Array, mixed_BLD: jax.Array) -> jax.Array:
+        """Returns the residual stream after the mixer, from that before it and its output."""
+        return x_BLD + self._scaled(self.mixer_post_norm(mixed_BLD))
+
+    def ffn_inputs(self, x_BLD: jax.Array, residual_BLD: jax.Array) -> jax.Array:
+        """Returns what the feed-forward part reads.
+
+        Args:
+          x_BLD: the residual stream before the layer.
+          residual_BLD: the residual stream after the mixer.
+        """
+        if self.is_parallel:
+            return self.mixer_norm(x_BLD)
+        return self.ffn_norm(residual_BLD)
+
+    def _scaled(self, y_BLD: jax.Array) -> jax.Array:
+        if self.residual_multiplier == 1:
+            return y_BLD
+        return y_BLD * self.residual_multiplier
 
     def init_cache(self, batch: int, slots: int) -> Cache:
         """Returns an empty cache."""
@@ -143,6 +170,12 @@ class Block(nnx.Module):
         This is for inspecting a model, not for traced code.
         """
         yield self, context
+
+
+def _norm_or_identity(config: ModelConfig, is_norm: bool) -> Norm | Identity:
+    if not is_norm:
+        return Identity()
+    return make_norm(config.norm, config.d_model, config.norm_epsilon)
 
 
 class InterleavedBlock(nnx.Module):

@@ -1,5 +1,6 @@
 """The decoder-only transformer: dense, MoE, or both in a pattern."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from moejax.moe.overrides import AS_TRAINED, RoutingOverrides, split_overrides
 from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.grouped_query import Attention
 from moejax.nn.attention.latent import LatentAttention
-from moejax.nn.norm import RMSNorm
+from moejax.nn.norms import make_norm
 from moejax.sharding import constrain_tokens, gather_fsdp, parts_of_logits
 
 
@@ -50,10 +51,12 @@ class Decoder(nnx.Module):
         self.stacks = nnx.List(make_stacks(config, rngs))
         if config.attention.window:
             _set_windows(self.stacks, config)
-        self.final_norm = RMSNorm(width, config.model.norm_epsilon)
+        self.final_norm = make_norm(config.model.norm, width, config.model.norm_epsilon)
         if not config.model.tied_embeddings:
             unembedding_VD = init(rngs.params(), shape)
             self.unembedding = nnx.Param(unembedding_VD, axes=("vocab", "embed"))
+        if config.model.logits_bias:
+            self.logits_bias = nnx.Param(jnp.zeros(config.vocab_size), axes=("vocab",))
         self.config = config
 
     def __call__(
@@ -130,7 +133,13 @@ class Decoder(nnx.Module):
         model = self.config.model
         weight = self.embedding if model.tied_embeddings else self.unembedding
         weight_VD = gather_fsdp(weight, model.compute_dtype)
-        return Head(weight_VD, self.config.num_token_ids)
+        return Head(
+            weight_VD,
+            self.config.num_token_ids,
+            bias_V=self.logits_bias[...] if model.logits_bias else None,
+            divisor=model.logits_divisor,
+            cap=model.logits_cap,
+        )
 
     def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Returns logits, float32, from normalised hidden states."""
@@ -199,11 +208,10 @@ def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Bloc
     model = config.model
     dtype = jnp.dtype(model.compute_dtype)
     width = model.d_model
-    epsilon = model.norm_epsilon
     attention = _make_attention(config, rngs)
     if moe is None:
         ffn = FeedForward(width, model.d_ff, dtype, rngs=rngs)
-        return Block(width, attention, ffn, norm_epsilon=epsilon)
+        return Block(model, attention, ffn)
     moe_layer = MoE(
         moe,
         width,
@@ -212,7 +220,7 @@ def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Bloc
         active_top_k=_first_active_top_k(config, moe),
         rngs=rngs,
     )
-    return Block(width, attention, moe_layer, norm_epsilon=epsilon)
+    return Block(model, attention, moe_layer)
 
 
 def _make_attention(config: Config, rngs: nnx.Rngs) -> Attention | LatentAttention:
@@ -220,9 +228,8 @@ def _make_attention(config: Config, rngs: nnx.Rngs) -> Attention | LatentAttenti
     dtype = jnp.dtype(model.compute_dtype)
     if config.attention.kind == "latent":
         return LatentAttention(config.attention, model.d_model, dtype, rngs=rngs)
-    return Attention(
-        config.attention, model.d_model, dtype, norm_epsilon=model.norm_epsilon, rngs=rngs
-    )
+    make_qk_norm = functools.partial(make_norm, model.norm, epsilon=model.norm_epsilon)
+    return Attention(config.attention, model.d_model, dtype, make_norm=make_qk_norm, rngs=rngs)
 
 
 def _first_active_top_k(config: Config, moe: MoeConfig) -> int | None:

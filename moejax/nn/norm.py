@@ -22,11 +22,22 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalises the last axis; returns the dtype of `x`."""
-        dtype = x.dtype
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(x**2, axis=-1, keepdims=True)
-        inverse_rms = jax.lax.rsqrt(mean_square + self.epsilon)
-        leading_axes = tuple(range(x.ndim - 1))
-        scale = jnp.expand_dims(self.scale[...], leading_axes)
-        normed = x * inverse_rms * scale
-        return normed.astype(dtype)
+        return normalize_rms(x, self.scale[...], self.epsilon)
+
+
+def normalize_rms(
+    x: Float[Array, "*batch D"], scale_D: Float[Array, "D"], epsilon: float
+) -> Float[Array, "*batch D"]:
+    """Returns x / rms(x) * scale, in the dtype of `x`."""
+    dtype = x.dtype
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(x**2, axis=-1, keepdims=True)
+    inverse_rms = jax.lax.rsqrt(mean_square + epsilon)
+    normed = x * inverse_rms * along_last_axis(scale_D, x.ndim)
+    return normed.astype(dtype)
+
+
+def along_last_axis(vector_D: Float[Array, "D"], ndim: int) -> jax.Array:
+    """Returns a vector with leading axes of size 1, as many as an array of `ndim` axes has."""
+    leading_axes = tuple(range(ndim - 1))
+    return jnp.expand_dims(vector_D, leading_axes)

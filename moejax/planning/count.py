@@ -9,7 +9,7 @@ compiled programs.
 import collections
 import dataclasses
 
-from moejax.config import Config, MoeConfig
+from moejax.config import Config, ModelConfig, MoeConfig
 from moejax.moe.dispatch.capacity import capacity_slots
 from moejax.moe.experts.experts import Network
 
@@ -168,10 +168,11 @@ def _attention(config: Config) -> _Attention:
     query_and_output = 2 * d_model * d_query
     key_and_value = 2 * d_model * d_kv
     vectors = 0
+    norm_vectors = _norm_vectors(config.model)
     if attention.qk_norm == "head":
-        vectors += 2 * config.head_dim
+        vectors += norm_vectors * 2 * config.head_dim
     if attention.qk_norm == "whole":
-        vectors += d_query + d_kv
+        vectors += norm_vectors * (d_query + d_kv)
     if attention.qkv_bias:
         vectors += d_query + 2 * d_kv
     if attention.sinks:
@@ -202,9 +203,11 @@ def _outside_feed_forward(config: Config) -> _Layer:
     length = config.data.seq_len
     d_model = model.d_model
     attention = _attention(config)
-    norms = 2 * d_model
+    norm = _norm_vectors(model) * d_model
+    norms = _norms_of_layer(model) * norm
     layers = model.num_layers * (attention.projections + attention.vectors + norms)
-    final_norm = d_model
+    final_norm = norm
+    logits_bias = config.vocab_size if model.logits_bias else 0
     embedding = config.vocab_size * d_model
     num_embeddings = 1 if model.tied_embeddings else 2
     score_width = attention.width + attention.value_width
@@ -213,8 +216,19 @@ def _outside_feed_forward(config: Config) -> _Layer:
         scores=2 * length**2 * score_width * model.num_layers,
         logits=2 * length * embedding,
     )
-    always = num_embeddings * embedding + final_norm + layers
+    always = num_embeddings * embedding + logits_bias + final_norm + layers
     return _Layer(always, flops=flops)
+
+
+def _norm_vectors(model: ModelConfig) -> int:
+    """Returns how many vectors a norm has: a scale, and perhaps a bias."""
+    return 2 if model.norm == "layer" else 1
+
+
+def _norms_of_layer(model: ModelConfig) -> int:
+    if model.parallel_residual:
+        return 1
+    return 4 if model.norm_order == "sandwich" else 2
 
 
 def _feed_forward(config: Config, kind: MoeConfig | None) -> _Layer:

@@ -27,6 +27,7 @@ SPECIMENS = {
     "attention.rope_truncate": (False, {"attention.rope_scaling": "yarn"}),
     "attention.rope_magnitude": (1.5, {"attention.rope_scaling": "yarn"}),
     "model.embedding_multiplier": (1.0, {}),
+    "model.logits_cap": (30.0, {}),
     "moe.d_shared": (24, {"moe.num_shared_experts": 1}),
     "moe.top_k": (4, {}),
     "attention.num_kv_heads": (4, {}),

@@ -155,6 +155,28 @@ OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they 
             "rope_interleaved": True,
         },
     },
+    "norms after the parts": {
+        "moe": {"first_dense": 1},
+        "model": {
+            "num_layers": 3,
+            "norm": "layer",
+            "norm_order": "post",
+            "residual_multiplier": 0.5,
+            "tied_embeddings": False,
+            "logits_bias": True,
+            "logits_divisor": 0.5,
+            "logits_cap": 2.0,
+        },
+        "attention": {"qk_norm": "head", "score_factor": 0.7},
+    },
+    "norms on both sides": {
+        "model": {"norm": "zero_centered_rms", "norm_order": "sandwich"},
+        "attention": {"qk_norm": "whole"},
+    },
+    "parallel residual": {
+        "moe": {"every": 2},
+        "model": {"norm": "layer_without_bias", "parallel_residual": True},
+    },
     "schedules": {
         "moe": {"top_k": 4, "renormalize": False, "jitter": 0.1, "selection_bias": True},
         "schedule": {

@@ -311,7 +311,10 @@ def test_the_argument_of_a_recipe_reaches_it_or_is_refused(refused, tmp_path):
     assert "get_config takes no argument; leave :wide out" in error
     (tmp_path / "a:b.py").write_text("def get_config(arg):\n    raise ValueError(arg)\n")
     assert "ValueError: c:d" in refused(["train", "--config=a:b.py:c:d"])
-    with_arguments = {"gpt_oss_shapes.py": "gpt-oss has no size banana; use 20b or 120b"}
+    with_arguments = {
+        "gpt_oss_shapes.py": "gpt-oss has no size banana; use 20b or 120b",
+        "norms.py": "norms has no kind banana; use sandwich, post, parallel, granite",
+    }
     for path in sorted((REPOSITORY / "configs").rglob("*.py")):
         expected = with_arguments.get(path.name, "takes no argument")
         assert expected in refused(["sweep", f"--config={path}:banana"]), path

@@ -11,6 +11,7 @@ from cases.training import small_config
 from moejax.models.blocks import Block, Context, Stack
 from moejax.moe.experts.experts import FeedForward
 from moejax.moe.token_info import TokenInfo
+from moejax.nn.norms import Identity
 
 B, L, WIDTH = 2, 5, 32
 
@@ -32,10 +33,10 @@ def context_of_one_document():
     return Context(positions_BL, segments_BL, TokenInfo(segments_BL > 0, segments_BL, positions_BL))
 
 
-def make_block(rngs):
-    return Block(
-        WIDTH, MeanOfRow(rngs=rngs), FeedForward(WIDTH, 8, jnp.dtype("float32"), rngs=rngs)
-    )
+def make_block(rngs, **options):
+    model = small_config(model=options).model
+    ffn = FeedForward(WIDTH, 8, jnp.dtype("float32"), rngs=rngs)
+    return Block(model, MeanOfRow(rngs=rngs), ffn)
 
 
 def test_blocks_of_another_mixer_are_a_stack_as_those_of_attention():
@@ -53,6 +54,42 @@ def test_blocks_of_another_mixer_are_a_stack_as_those_of_attention():
         expected_BLD = expected_BLD + block.ffn(block.ffn_norm(jnp.asarray(expected_BLD)))
         expected_BLD = np.array(expected_BLD)
     oracle.assert_close(y_BLD, expected_BLD, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_norms"),
+    [
+        ({"norm_order": "post", "residual_multiplier": 0.3}, 2),
+        ({"norm_order": "sandwich", "norm": "zero_centered_rms"}, 4),
+        ({"parallel_residual": True, "norm": "layer", "residual_multiplier": 0.3}, 1),
+    ],
+)
+def test_norms_before_and_after_the_parts_and_the_residual_are_those_of_the_formula(
+    options, num_norms
+):
+    block = make_block(nnx.Rngs(params=0), **options)
+    norms = ("mixer_norm", "mixer_post_norm", "ffn_norm", "ffn_post_norm")
+    present = [name for name in norms if not isinstance(getattr(block, name), Identity)]
+    assert len(present) == num_norms
+    for name in present:
+        norm = getattr(block, name)
+        norm.scale[...] += jax.random.normal(jax.random.key(len(name)), (WIDTH,))
+    context = context_of_one_document()
+    x_BLD = jax.random.normal(jax.random.key(1), (B, L, WIDTH))
+    found_BLD, _, _ = block(x_BLD, context)
+    factor = options.get("residual_multiplier", 1.0)
+
+    def normed(name, y_BLD):
+        return getattr(block, name)(y_BLD) if name in present else y_BLD
+
+    mixed_BLD, _ = block.mixer(normed("mixer_norm", x_BLD), context.positions_BL)
+    expected_BLD = x_BLD + factor * normed("mixer_post_norm", mixed_BLD)
+    if options.get("parallel_residual"):
+        inputs_BLD = block.mixer_norm(x_BLD)
+    else:
+        inputs_BLD = normed("ffn_norm", expected_BLD)
+    expected_BLD += factor * normed("ffn_post_norm", block.ffn(inputs_BLD))
+    oracle.assert_close(found_BLD, expected_BLD)
 
 
 def test_a_dense_block_has_no_moe_layer():

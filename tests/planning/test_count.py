@@ -76,6 +76,10 @@ def configurations(draw):
     model = {
         "num_layers": one_of(3, 5),
         "tied_embeddings": one_of(False, True),
+        "logits_bias": one_of(False, True),
+        "norm": one_of("rms", "zero_centered_rms", "layer", "layer_without_bias"),
+        "norm_order": one_of("pre", "post", "sandwich"),
+        "parallel_residual": one_of(False, True),
     }
     attention = {
         "num_kv_heads": one_of(1, 2, 4),

@@ -58,11 +58,10 @@ class AttentionConfig:
         1.0,
         "factor on the products of queries and keys over the root of their width",
         above=0,
-        needs=IS_LATENT,
     )
     qk_norm: Literal["none", "head", "whole"] = leaf(
         "none",
-        "RMSNorm on queries and keys: of each head, or of all heads as one vector",
+        "norm of queries and keys: of each head, or of all heads as one vector",
         needs=HAS_GROUPS,
     )
     qkv_bias: bool = leaf(False, "biases of queries, keys and values", needs=HAS_GROUPS)

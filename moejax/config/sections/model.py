@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from moejax.config.schema.leaf import leaf
-from moejax.config.schema.needs import DenseLayer, Derived, any_of
+from moejax.config.schema.needs import DenseLayer, Derived, any_of, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,32 @@ class ModelConfig:
         at_least=0,
     )
     tied_embeddings: bool = leaf(True, "one matrix for the embedding and the logits")
-    norm_epsilon: float = leaf(1e-6, "added to the mean square in every norm", above=0)
+    logits_bias: bool = leaf(False, "a bias of the logits")
+    logits_divisor: float = leaf(1.0, "what logits are divided by", above=0)
+    logits_cap: float = leaf(
+        0.0, "c of the soft cap c tanh(logits / c), after the division; 0: none", at_least=0
+    )
+    norm: Literal["rms", "zero_centered_rms", "layer", "layer_without_bias"] = leaf(
+        "rms",
+        "kind of all norms but those of latent vectors: RMSNorm, the same with a scale that is "
+        "stored as its difference from 1, or LayerNorm",
+    )
+    norm_epsilon: float = leaf(
+        1e-6, "added to the mean square, or to the variance, in every norm", above=0
+    )
+    norm_order: Literal["pre", "post", "sandwich"] = leaf(
+        "pre",
+        "whether a norm is before attention and before the feed-forward part, after each of them "
+        "but within the residual, or both",
+    )
+    parallel_residual: bool = leaf(
+        False,
+        "attention and the feed-forward part read the same normed input, and both are added",
+        needs=value("model.norm_order", "pre"),
+    )
+    residual_multiplier: float = leaf(
+        1.0, "factor on what attention and the feed-forward part add to the residual", above=0
+    )
     embedding_multiplier: float = leaf(
         0.0, "factor on embeddings on the way in; 0: the square root of d_model", at_least=0
     )

@@ -117,8 +117,9 @@ def _run(block: Block, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, j
     next_BLD, _, _ = block(x_BLD, context)
     if not block.is_moe:
         return next_BLD, None
-    y_BLD, _ = block.mix(x_BLD, context)
-    inputs_BLD = block.ffn_norm(x_BLD + y_BLD)
+    mixed_BLD, _ = block.mix(x_BLD, context)
+    residual_BLD = block.add_mixed(x_BLD, mixed_BLD)
+    inputs_BLD = block.ffn_inputs(x_BLD, residual_BLD)
     return next_BLD, _outputs(block.moe, inputs_BLD)
 
 

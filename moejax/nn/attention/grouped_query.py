@@ -11,8 +11,9 @@ from moejax.config import AttentionConfig
 from moejax.kernels.matmul import dense
 from moejax.nn.attention.attend import attend
 from moejax.nn.attention.cache import KVCache
+from moejax.nn.attention.scores import scale_queries
 from moejax.nn.mask import AttentionMask
-from moejax.nn.norm import RMSNorm
+from moejax.nn.norms import MakeNorm, Norm
 from moejax.nn.positions import rotate_by_config
 from moejax.sharding import gather_fsdp
 
@@ -31,7 +32,7 @@ class Attention(nnx.Module):
       config: of attention.
       width: of the residual stream, D.
       dtype: the compute dtype.
-      norm_epsilon: of the norms of queries and keys.
+      make_norm: makes the norms of queries and keys.
       rngs: for the parameters.
 
     Source: Ainslie et al. 2023. Options: biases as in Qwen2 and gpt-oss, a norm of each head as in
@@ -44,7 +45,7 @@ class Attention(nnx.Module):
         width: int,
         dtype: jnp.dtype,
         *,
-        norm_epsilon: float,
+        make_norm: MakeNorm,
         rngs: nnx.Rngs,
     ):
         heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -66,11 +67,11 @@ class Attention(nnx.Module):
         if config.out_bias:
             self.out_bias = nnx.Param(jnp.zeros(width), axes=("norm",))
         if config.qk_norm == "head":
-            self.query_norm = RMSNorm(head, norm_epsilon)
-            self.key_norm = RMSNorm(head, norm_epsilon)
+            self.query_norm = make_norm(head)
+            self.key_norm = make_norm(head)
         if config.qk_norm == "whole":
-            self.query_norm = RMSNorm(heads * head, norm_epsilon)
-            self.key_norm = RMSNorm(kv_heads * head, norm_epsilon)
+            self.query_norm = make_norm(heads * head)
+            self.key_norm = make_norm(kv_heads * head)
         if config.sinks:
             self.sinks = nnx.Param(jnp.zeros(heads), axes=("heads",))
         if config.window:
@@ -106,6 +107,7 @@ class Attention(nnx.Module):
         """
         q_BLHA, k_BLGA, v_BLGA = self._project(x_BLD)
         q_BLHA = rotate_by_config(q_BLHA, positions_BL, self.config)
+        q_BLHA = scale_queries(q_BLHA, self.config.score_factor)
         k_BLGA = rotate_by_config(k_BLGA, positions_BL, self.config)
         sinks_H = self.sinks[...] if self.config.sinks else None
         if cache is not None:
@@ -154,7 +156,7 @@ class Attention(nnx.Module):
         return q_BLHA, k_BLGA, v_BLGA
 
 
-def _norm_whole(norm: RMSNorm, x_BLHA: jax.Array) -> jax.Array:
+def _norm_whole(norm: Norm, x_BLHA: jax.Array) -> jax.Array:
     """Normalises all heads of a position as one vector."""
     batch, length, heads, head = x_BLHA.shape
     normed_BLX = norm(x_BLHA.reshape(batch, length, heads * head))

@@ -9,6 +9,7 @@ from moejax.config import AttentionConfig
 from moejax.kernels.matmul import dense
 from moejax.nn.attention.attend import attend
 from moejax.nn.attention.cache import LatentCache
+from moejax.nn.attention.scores import scale_queries
 from moejax.nn.mask import AttentionMask
 from moejax.nn.norm import RMSNorm
 from moejax.nn.positions import rotate_by_config
@@ -97,9 +98,7 @@ class LatentAttention(nnx.Module):
         plain_BLHA, turned_BLHA = jnp.split(q_BLHA, [config.d_nope], axis=-1)
         turned_BLHA = rotate_by_config(turned_BLHA, positions_BL, config)
         q_BLHA = jnp.concatenate([plain_BLHA, turned_BLHA], axis=-1)
-        if config.score_factor == 1:
-            return q_BLHA
-        return (q_BLHA.astype(jnp.float32) * config.score_factor).astype(self.dtype)
+        return scale_queries(q_BLHA, config.score_factor)
 
     def _compress(self, x_BLD: jax.Array, positions_BL: jax.Array) -> LatentCache:
         """Returns what keys and values of these positions are made of."""
