@@ -13,8 +13,10 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 BILLIONS = {
     "mixtral_8x7b": (46.7, 12.9),
     "published/deepseek_v3": (671.0, 37.5),
+    "published/flex_olmo_7x7b": (33.3, 24.6),
     "published/gpt_oss_shapes:120b": (116.8, 5.7),
     "published/gpt_oss_shapes:20b": (20.9, 4.2),
+    "published/granite_3_0_1b_a400m": (1.33, 0.43),
     "published/olmoe_1b_7b": (6.92, 1.28),
     "published/qwen1_5_moe_a2_7b": (14.3, 2.7),
     "published/qwen3_30b_a3b": (30.5, 3.35),

@@ -123,6 +123,12 @@ QK_NORM = (
     Tensor("self_attn.k_norm.weight", "A", "mixer/key_norm/scale", "A"),
 )
 
+WHOLE_QK_NORM = (
+    Tensor("self_attn.q_norm.weight", "X", "mixer/query_norm/scale", "X"),
+    Tensor("self_attn.k_norm.weight", "X", "mixer/key_norm/scale", "X"),
+)
+"""Norms of all heads as one vector."""
+
 
 def feed_forward(theirs: str, ours: str) -> tuple[Tensor, ...]:
     """Returns the tensors of a SwiGLU network by the names of Llama.

@@ -102,6 +102,7 @@ def published_keys(config: Config, family: Family) -> dict[str, Any]:
     Raises:
       HfError: a model that is not one of the family.
     """
+    config = _with_multiplier(config)
     values = {key: each.value(config) for key, each in declared().items()}
     values["model.vocab_size"] = config.vocab_size
     values["dense_layers"] = [n for n, kind in enumerate(config.layers) if kind is None]
@@ -114,6 +115,14 @@ def published_keys(config: Config, family: Family) -> dict[str, Any]:
     }
     _check_same(config, resolve(read_keys(family.keys, keys)), family)
     return keys
+
+
+def _with_multiplier(config: Config) -> Config:
+    """Returns the configuration with the factor on embeddings as a number, also if it follows."""
+    model = config.model
+    multiplier = model.embedding_multiplier or model.d_model**0.5
+    model = dataclasses.replace(model, embedding_multiplier=multiplier)
+    return dataclasses.replace(config, model=model)
 
 
 def _check_same(config: Config, read: Config, family: Family) -> None:

@@ -118,6 +118,11 @@ def expand(tensors: Sequence[Tensor], num_experts: int) -> Iterator[Tensor]:
             yield tensor.of_expert(expert)
 
 
+def only_with(ours: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns tensors that are there only with an array of ours."""
+    return tuple(dataclasses.replace(tensor, only_with=ours) for tensor in tensors)
+
+
 class Target:
     """An array of ours that is filled from tensors.
 

@@ -1,11 +1,24 @@
 """The families, by what `config.json` calls them; each is one file."""
 
-from moejax.interop.hf.families import deepseek_v3, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from moejax.interop.hf.families import (
+    deepseek_v3,
+    flex_olmo,
+    gpt_oss,
+    granitemoe,
+    granitemoeshared,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from moejax.interop.hf.family import Family
 
 FAMILIES: dict[str, Family] = {
     "deepseek_v3": deepseek_v3.FAMILY,
+    "flex_olmo": flex_olmo.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
+    "granitemoe": granitemoe.FAMILY,
+    "granitemoeshared": granitemoeshared.FAMILY,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,

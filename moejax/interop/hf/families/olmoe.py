@@ -10,12 +10,7 @@ from moejax.interop.hf.llama import (
     NORMS,
     OUTER,
     SOFTMAX_ROUTER,
-)
-from moejax.interop.hf.tensors import Tensor
-
-WHOLE_NORM = (
-    Tensor("self_attn.q_norm.weight", "X", "mixer/query_norm/scale", "X"),
-    Tensor("self_attn.k_norm.weight", "X", "mixer/key_norm/scale", "X"),
+    WHOLE_QK_NORM,
 )
 
 FAMILY = Family(
@@ -31,7 +26,7 @@ FAMILY = Family(
         Fixed("attention_bias", False),
     ),
     outer=OUTER,
-    layer=(*NORMS, *ATTENTION, *WHOLE_NORM),
+    layer=(*NORMS, *ATTENTION, *WHOLE_QK_NORM),
     dense=(),
     moe=(*MLP_ROUTER, *MLP_EXPERTS),
 )
