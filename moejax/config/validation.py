@@ -19,6 +19,7 @@ from moejax.config.sections.train import validate_optimizer, validate_train
 def validate(config: Config) -> None:
     """Raises `ConfigError` for combinations that cannot work, whatever the number of devices."""
     validate_attention(config.attention, config.model)
+    _validate_long_texts(config)
     if config.moe.num_experts:
         _validate_layers(config)
     validate_schedules(config.schedule, config.moe, set(config.layers))
@@ -26,6 +27,21 @@ def validate(config: Config) -> None:
     validate_train(config.train)
     validate_optimizer(config.optimizer)
     validate_alarms(config.alarms)
+
+
+def _validate_long_texts(config: Config) -> None:
+    """Requires whole batches where the longest text decides on the magnitude of all."""
+    attention, accumulation = config.attention, config.train.accumulation
+    has_long_texts = config.data.seq_len > attention.rope_original_length
+    magnitudes = {attention.rope_magnitude or 1.0, attention.rope_long_magnitude}
+    has_switch = attention.rope_long_magnitude > 0 and len(magnitudes) > 1
+    require(
+        accumulation == 1 or not (has_long_texts and has_switch),
+        f"train.accumulation={accumulation} must be 1: with "
+        f"attention.rope_long_magnitude={attention.rope_long_magnitude} the longest text of a "
+        f"batch decides on the others, and data.seq_len={config.data.seq_len} is above "
+        f"attention.rope_original_length={attention.rope_original_length}",
+    )
 
 
 def check_vocabulary(config: Config) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.config import AttentionConfig
+from moejax.nn.long_rope import long_rope_frequencies
 from moejax.nn.rope_scaling import yarn_frequencies, yarn_magnitude
 
 
@@ -14,7 +15,7 @@ def rotate(
     positions_BL: Int[Array, "B L"],
     theta: float,
     frequency_a: Float[np.ndarray, "a"] | Float[Array, "a"] | None = None,
-    magnitude: float = 1.0,
+    magnitude: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B L H A"]:
     """Rotates each pair of dimensions i and i + A/2 by the angle position * theta^(-2i/A).
 
@@ -36,7 +37,7 @@ def rotate(
     angle_BL1a = position_BL11 * frequency_a[None, None, None]
     cos_BL1a = jnp.cos(angle_BL1a)
     sin_BL1a = jnp.sin(angle_BL1a)
-    if magnitude != 1:
+    if isinstance(magnitude, jax.Array) or magnitude != 1:
         cos_BL1a *= magnitude
         sin_BL1a *= magnitude
     x_BLHA = x_BLHA.astype(jnp.float32)
@@ -49,19 +50,31 @@ def rotate(
 
 
 def rotate_by_config(
-    x_BLHA: Float[Array, "B L H A"], positions_BL: Int[Array, "B L"], config: AttentionConfig
+    x_BLHA: Float[Array, "B L H A"],
+    positions_BL: Int[Array, "B L"],
+    config: AttentionConfig,
+    factor: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B L H A"]:
     """Rotates queries or keys as the model does.
 
     Interleaved pairs, dimensions 2i and 2i + 1, are moved to i and i + A/2 first; queries and keys
     alike, so that their products are the same.
+
+    Args:
+      x_BLHA: queries or keys.
+      positions_BL: position of each token in its document.
+      config: of the model.
+      factor: on the result.
     """
     if config.rope_interleaved:
         x_BLHA = jnp.concatenate([x_BLHA[..., ::2], x_BLHA[..., 1::2]], axis=-1)
     if config.rope_scaling == "none":
-        return rotate(x_BLHA, positions_BL, config.rope_theta)
+        return rotate(x_BLHA, positions_BL, config.rope_theta, magnitude=factor)
+    if config.rope_scaling == "longrope":
+        frequency_a = long_rope_frequencies(config, x_BLHA.shape[-1] // 2)
+        return rotate(x_BLHA, positions_BL, config.rope_theta, frequency_a, factor)
     frequency_a = yarn_frequencies(config, x_BLHA.shape[-1] // 2)
-    magnitude = yarn_magnitude(config)
+    magnitude = yarn_magnitude(config) * factor
     return rotate(x_BLHA, positions_BL, config.rope_theta, frequency_a, magnitude)
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from moejax.config import LOSS_SPECS, ConfigError, declared, resolve
 
+TWO_PAIRS = {"attention.head_dim": 4}
+
 SPECIMENS = {
     "moe.router": ("switch", {"moe.top_k": 1, "moe.renormalize": False}),
     "moe.first_dense": (1, {}),
@@ -25,6 +27,11 @@ SPECIMENS = {
     "attention.rope_beta_fast": (16.0, {"attention.rope_scaling": "yarn"}),
     "attention.rope_beta_slow": (2.0, {"attention.rope_scaling": "yarn"}),
     "attention.rope_truncate": (False, {"attention.rope_scaling": "yarn"}),
+    "attention.rope_wavelengths": ("1.5, 2", {"attention.rope_scaling": "longrope"} | TWO_PAIRS),
+    "attention.rope_long_magnitude": (
+        1.5,
+        {"attention.rope_scaling": "longrope", "attention.rope_wavelengths": "1, 2"} | TWO_PAIRS,
+    ),
     "attention.rope_magnitude": (1.5, {"attention.rope_scaling": "yarn"}),
     "model.embedding_multiplier": (1.0, {}),
     "model.logits_cap": (30.0, {}),

@@ -171,7 +171,14 @@ OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they 
     },
     "norms on both sides": {
         "model": {"norm": "zero_centered_rms", "norm_order": "sandwich"},
-        "attention": {"qk_norm": "whole"},
+        "attention": {
+            "qk_norm": "whole",
+            "rope_scaling": "longrope",
+            "rope_wavelengths": "1, 1.2, 2, 3.5",
+            "rope_original_length": 8,
+            "rope_magnitude": 1.1,
+            "rope_long_magnitude": 1.3,
+        },
     },
     "parallel residual": {
         "moe": {"every": 2},

@@ -18,6 +18,7 @@ BILLIONS = {
     "published/gpt_oss_shapes:20b": (20.9, 4.2),
     "published/granite_3_0_1b_a400m": (1.33, 0.43),
     "published/olmoe_1b_7b": (6.92, 1.28),
+    "published/phi_3_5_moe": (41.9, 6.6),
     "published/qwen1_5_moe_a2_7b": (14.3, 2.7),
     "published/qwen3_30b_a3b": (30.5, 3.35),
 }

@@ -1,14 +1,16 @@
 """The leaves of attention."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from moejax.config.errors import ConfigError, divisors, require
 from moejax.config.schema.leaf import leaf
-from moejax.config.schema.needs import other_than, value
+from moejax.config.schema.needs import any_of, other_than, value
 from moejax.config.sections.model import ModelConfig
 
 HAS_YARN = value("attention.rope_scaling", "yarn")
+HAS_LONG_ROPE = value("attention.rope_scaling", "longrope")
 
 HAS_GROUPS = value("attention.kind", "grouped_query")
 IS_LATENT = value("attention.kind", "latent")
@@ -90,14 +92,17 @@ class AttentionConfig:
         False, "rotate neighbouring dimensions; otherwise those of the two halves of a head"
     )
     rope_theta: float = leaf(10_000.0, "base of the rotary position embedding", at_least=1)
-    rope_scaling: Literal["none", "yarn"] = leaf(
+    rope_scaling: Literal["none", "longrope", "yarn"] = leaf(
         "none", "how rotary frequencies are changed for longer texts than those of training"
     )
     rope_factor: float = leaf(
         4.0, "how much longer texts are than rope_original_length", at_least=1, needs=HAS_YARN
     )
     rope_original_length: int = leaf(
-        4096, "tokens of a text in training before", at_least=1, needs=HAS_YARN
+        4096,
+        "tokens of a text in training before",
+        at_least=1,
+        needs=any_of(HAS_YARN, other_than("attention.rope_long_magnitude", 0)),
     )
     rope_beta_fast: float = leaf(
         32.0, "turns within that length from which on a frequency stays", above=0, needs=HAS_YARN
@@ -113,10 +118,40 @@ class AttentionConfig:
     )
     rope_magnitude: float = leaf(
         0.0,
-        "factor on rotated queries and keys; 0: 0.1 ln(rope_factor) + 1",
+        "factor on rotated queries and keys; 0: 0.1 ln(rope_factor) + 1 with yarn, 1 with longrope",
         at_least=0,
-        needs=HAS_YARN,
+        needs=any_of(HAS_YARN, HAS_LONG_ROPE),
     )
+    rope_wavelengths: str = leaf(
+        "",
+        "factors on the wavelengths of all pairs of dimensions, such as 1.0, 1.05, 1.2",
+        needs=HAS_LONG_ROPE,
+    )
+    rope_long_magnitude: float = leaf(
+        0.0,
+        "factor on rotated queries and keys where the longest text of a batch is longer than "
+        "rope_original_length; 0: the same",
+        at_least=0,
+        needs=HAS_LONG_ROPE,
+    )
+
+    @property
+    def wavelength_factors(self) -> tuple[float, ...]:
+        """The numbers of `rope_wavelengths`.
+
+        Raises:
+          ConfigError: a text that is no list of numbers above 0.
+        """
+        try:
+            factors = tuple(float(number) for number in self.rope_wavelengths.split(","))
+        except ValueError:
+            factors = ()
+        require(
+            bool(factors) and all(0 < factor < math.inf for factor in factors),
+            f"attention.rope_wavelengths={self.rope_wavelengths!r} must list a number above 0 for "
+            "each pair of dimensions, such as 1.0, 1.05, 1.2",
+        )
+        return factors
 
     def windows(self, num_layers: int) -> tuple[int, ...]:
         """Returns how many keys a query sees in each layer; `FULL` where there is no window."""
@@ -139,6 +174,7 @@ def validate_attention(attention: AttentionConfig, model: ModelConfig) -> None:
         )
     if attention.kind == "latent":
         _validate_latent(attention)
+        _validate_long_rope(attention, attention.d_rope)
         return
     # Rotary embeddings turn pairs of features, so a head has an even width.
     if attention.head_dim:
@@ -162,6 +198,19 @@ def validate_attention(attention: AttentionConfig, model: ModelConfig) -> None:
             f"attention.num_kv_heads={attention.num_kv_heads}; use one of {fitting} "
             "for attention.num_kv_heads"
         )
+    _validate_long_rope(attention, attention.head_dim or model.d_model // attention.num_heads)
+
+
+def _validate_long_rope(attention: AttentionConfig, width: int) -> None:
+    """Requires a factor for each pair of the dimensions that are rotated."""
+    if attention.rope_scaling != "longrope":
+        return
+    num_factors = len(attention.wavelength_factors)
+    require(
+        num_factors == width // 2,
+        f"attention.rope_wavelengths has {num_factors} factors; it must have {width // 2}, one for "
+        f"each pair of the {width} dimensions that are rotated",
+    )
 
 
 def _validate_latent(attention: AttentionConfig) -> None:

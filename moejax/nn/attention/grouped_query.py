@@ -11,7 +11,7 @@ from moejax.config import AttentionConfig
 from moejax.kernels.matmul import dense
 from moejax.nn.attention.attend import attend
 from moejax.nn.attention.cache import KVCache
-from moejax.nn.attention.scores import scale_queries
+from moejax.nn.attention.scores import rotary_score_factor, scale_queries
 from moejax.nn.mask import AttentionMask
 from moejax.nn.norms import MakeNorm, Norm
 from moejax.nn.positions import rotate_by_config
@@ -106,7 +106,8 @@ class Attention(nnx.Module):
           The output and the cache with the new keys and values.
         """
         q_BLHA, k_BLGA, v_BLGA = self._project(x_BLD)
-        q_BLHA = rotate_by_config(q_BLHA, positions_BL, self.config)
+        factor = rotary_score_factor(self.config, positions_BL, segments_BL)
+        q_BLHA = rotate_by_config(q_BLHA, positions_BL, self.config, factor)
         q_BLHA = scale_queries(q_BLHA, self.config.score_factor)
         k_BLGA = rotate_by_config(k_BLGA, positions_BL, self.config)
         sinks_H = self.sinks[...] if self.config.sinks else None

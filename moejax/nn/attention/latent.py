@@ -9,7 +9,7 @@ from moejax.config import AttentionConfig
 from moejax.kernels.matmul import dense
 from moejax.nn.attention.attend import attend
 from moejax.nn.attention.cache import LatentCache
-from moejax.nn.attention.scores import scale_queries
+from moejax.nn.attention.scores import rotary_score_factor, scale_queries
 from moejax.nn.mask import AttentionMask
 from moejax.nn.norm import RMSNorm
 from moejax.nn.positions import rotate_by_config
@@ -71,7 +71,8 @@ class LatentAttention(nnx.Module):
         cache: LatentCache | None = None,
     ) -> tuple[Float[Array, "B L D"], LatentCache | None]:
         """Attends within the row, or to the cache; see `Attention`."""
-        q_BLHA = self._queries(x_BLD, positions_BL)
+        factor = rotary_score_factor(self.config, positions_BL, segments_BL)
+        q_BLHA = self._queries(x_BLD, positions_BL, factor)
         seen = self._compress(x_BLD, positions_BL)
         if cache is not None:
             cache = cache.with_positions(seen, positions_BL)
@@ -89,14 +90,19 @@ class LatentAttention(nnx.Module):
         y_BLHV = y_BLHA[..., : self.config.d_value]
         return dense(y_BLHV, gather_fsdp(self.out, self.dtype), num_contracted=2), cache
 
-    def _queries(self, x_BLD: jax.Array, positions_BL: jax.Array) -> jax.Array:
-        """Returns queries, without position first, times the factor on scores."""
+    def _queries(
+        self, x_BLD: jax.Array, positions_BL: jax.Array, factor: float | jax.Array
+    ) -> jax.Array:
+        """Returns queries, without position first, times the factor on scores.
+
+        `factor` is another one, on the part with positions.
+        """
         config = self.config
         if config.d_query_latent:
             x_BLD = self.query_norm(dense(x_BLD, gather_fsdp(self.query_down, self.dtype)))
         q_BLHA = dense(x_BLD, gather_fsdp(self.query, self.dtype))
         plain_BLHA, turned_BLHA = jnp.split(q_BLHA, [config.d_nope], axis=-1)
-        turned_BLHA = rotate_by_config(turned_BLHA, positions_BL, config)
+        turned_BLHA = rotate_by_config(turned_BLHA, positions_BL, config, factor)
         q_BLHA = jnp.concatenate([plain_BLHA, turned_BLHA], axis=-1)
         return scale_queries(q_BLHA, config.score_factor)
 

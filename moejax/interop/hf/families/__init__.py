@@ -8,6 +8,7 @@ from moejax.interop.hf.families import (
     granitemoeshared,
     mixtral,
     olmoe,
+    phimoe,
     qwen2_moe,
     qwen3_moe,
 )
@@ -21,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoeshared": granitemoeshared.FAMILY,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
+    "phimoe": phimoe.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
 }
