@@ -233,7 +233,7 @@ def _splits(config: Config) -> list[tuple[str, int, str]]:
     ]
     if attention.kind == "grouped_query":
         splits.append(("attention.num_kv_heads", attention.num_kv_heads, "tensor"))
-    if config.num_moe_layers < model.num_layers:
+    if config.num_moe_layers < model.num_layers or model.shortcut:
         splits.append(("model.d_ff", model.d_ff, "tensor"))
     if config.num_moe_layers:
         splits.append(("moe.num_experts", moe.num_experts, "expert"))

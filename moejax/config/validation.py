@@ -20,6 +20,7 @@ def validate(config: Config) -> None:
     """Raises `ConfigError` for combinations that cannot work, whatever the number of devices."""
     validate_attention(config.attention, config.model)
     _validate_long_texts(config)
+    _validate_shortcut(config)
     if config.moe.num_experts:
         _validate_layers(config)
     validate_schedules(config.schedule, config.moe, set(config.layers))
@@ -41,6 +42,19 @@ def _validate_long_texts(config: Config) -> None:
         f"attention.rope_long_magnitude={attention.rope_long_magnitude} the longest text of a "
         f"batch decides on the others, and data.seq_len={config.data.seq_len} is above "
         f"attention.rope_original_length={attention.rope_original_length}",
+    )
+
+
+def _validate_shortcut(config: Config) -> None:
+    """Requires experts in every layer, for the two dense parts of a layer are not one without."""
+    model = config.model
+    if not model.shortcut:
+        return
+    require(
+        config.num_moe_layers == model.num_layers,
+        f"model.shortcut=True needs experts in every layer, and {config.num_moe_layers} of "
+        f"model.num_layers={model.num_layers} have some; set moe.first_dense=0, moe.every=1, and "
+        "no dense layer in moe.per_layer, or model.shortcut=False",
     )
 
 

@@ -8,7 +8,7 @@ interleaved blocks, each with a stack of dense blocks inside.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,7 @@ class Context:
         return dataclasses.replace(self, info=info)
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """What a token learns from others of its row, such as `Attention`."""
 
@@ -122,13 +123,8 @@ class Block(nnx.Module):
             mixed_BLD, cache = self.mix(x_BLD, context, cache)
             residual_BLD = self.add_mixed(x_BLD, mixed_BLD)
         inputs_BLD = self.ffn_inputs(x_BLD, residual_BLD)
-        if isinstance(self.ffn, MoE):
-            with jax.named_scope("moe"):
-                y_BLD, stats = self.ffn(inputs_BLD, context.info)
-        else:
-            with jax.named_scope("ffn"):
-                y_BLD, stats = self.ffn(inputs_BLD), None
-        return residual_BLD + self._scaled(self.ffn_post_norm(y_BLD)), stats, cache
+        x_BLD, stats = self.add_ffn(residual_BLD, inputs_BLD, context)
+        return x_BLD, stats, cache
 
     def mix(
         self,
@@ -142,7 +138,7 @@ class Block(nnx.Module):
 
     def add_mixed(self, x_BLD: jax.Array, mixed_BLD: jax.Array) -> jax.Array:
         """Returns the residual stream after the mixer, from that before it and its output."""
-        return x_BLD + self._scaled(self.mixer_post_norm(mixed_BLD))
+        return x_BLD + self.scaled(self.mixer_post_norm(mixed_BLD))
 
     def ffn_inputs(self, x_BLD: jax.Array, residual_BLD: jax.Array) -> jax.Array:
         """Returns what the feed-forward part reads.
@@ -155,10 +151,34 @@ class Block(nnx.Module):
             return self.mixer_norm(x_BLD)
         return self.ffn_norm(residual_BLD)
 
-    def _scaled(self, y_BLD: jax.Array) -> jax.Array:
+    def add_ffn(
+        self, residual_BLD: jax.Array, inputs_BLD: jax.Array, context: Context
+    ) -> tuple[jax.Array, RoutingStats | None]:
+        """Returns the residual stream after the feed-forward part, and its routing if it has any.
+
+        Args:
+          residual_BLD: the residual stream after the mixer.
+          inputs_BLD: what the feed-forward part reads.
+          context: what all layers share.
+        """
+        if isinstance(self.ffn, MoE):
+            with jax.named_scope("moe"):
+                y_BLD, stats = self.ffn(inputs_BLD, context.info)
+        else:
+            with jax.named_scope("ffn"):
+                y_BLD, stats = self.ffn(inputs_BLD), None
+        return residual_BLD + self.scaled(self.ffn_post_norm(y_BLD)), stats
+
+    def scaled(self, y_BLD: jax.Array) -> jax.Array:
+        """Returns a part's output times the residual multiplier."""
         if self.residual_multiplier == 1:
             return y_BLD
         return y_BLD * self.residual_multiplier
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The mixers in the order of the pass."""
+        return (self.mixer,)
 
     def init_cache(self, batch: int, slots: int) -> Cache:
         """Returns an empty cache."""

@@ -20,6 +20,7 @@ from moejax.config import (
 )
 from moejax.kernels.cross_entropy import Head, cross_entropy
 from moejax.models.blocks import Block, Context, InterleavedBlock, Stack
+from moejax.models.shortcut_block import ShortcutBlock
 from moejax.moe.balancing.stats import RoutingStats
 from moejax.moe.experts.experts import FeedForward
 from moejax.moe.layer import MoE
@@ -176,7 +177,8 @@ def _set_windows(stacks: Sequence[Stack], config: Config) -> None:
             dense: Any = block.dense.block
             dense.mixer.window[...] = windows_NX[:, :-1]
             block = block.moe_block
-        block.mixer.window[...] = windows_NX[:, -1]
+        for mixer in block.mixers:
+            mixer.window[...] = windows_NX[:, -1]
 
 
 def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:
@@ -188,39 +190,52 @@ def _make_stack(config: Config, group: LayerGroup, rngs: nnx.Rngs) -> Stack:
     """Makes the stack of a group; of several kinds of layers, all but the last are dense."""
     num_dense = len(group.kinds) - 1
 
-    def make_dense(rngs: nnx.Rngs) -> Block:
+    def make_dense(rngs: nnx.Rngs) -> Block | ShortcutBlock:
         return make_block(config, None, rngs=rngs)
 
-    def make_last(rngs: nnx.Rngs) -> Block:
+    def make_last(rngs: nnx.Rngs) -> Block | ShortcutBlock:
         return make_block(config, group.moe, rngs=rngs)
 
     def make_interleaved(rngs: nnx.Rngs) -> InterleavedBlock:
         dense = Stack(make_dense, num_dense, config, rngs=rngs)
-        last = make_last(rngs)
+        last: Any = make_last(rngs)
         return InterleavedBlock(dense, last)
 
     make_one = make_interleaved if num_dense else make_last
     return Stack(make_one, group.num, config, rngs=rngs)
 
 
-def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Block:
-    """Makes a layer of attention and a MoE layer, or a feed-forward network where `moe` is None."""
-    model = config.model
-    dtype = jnp.dtype(model.compute_dtype)
-    width = model.d_model
-    attention = _make_attention(config, rngs)
+def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Block | ShortcutBlock:
+    """Makes a layer of attention and a MoE layer, or a feed-forward network where `moe` is None.
+
+    With `model.shortcut` it is a layer of two of the latter, and a MoE layer beside them.
+    """
+    if config.model.shortcut and moe is not None:
+        first, second = (_make_dense_block(config, rngs) for _ in range(2))
+        return ShortcutBlock(first, second, _make_moe(config, moe, rngs))
     if moe is None:
-        ffn = FeedForward(width, model.d_ff, dtype, rngs=rngs)
-        return Block(model, attention, ffn)
-    moe_layer = MoE(
+        return _make_dense_block(config, rngs)
+    attention = _make_attention(config, rngs)
+    return Block(config.model, attention, _make_moe(config, moe, rngs))
+
+
+def _make_dense_block(config: Config, rngs: nnx.Rngs) -> Block:
+    model = config.model
+    attention = _make_attention(config, rngs)
+    dtype = jnp.dtype(model.compute_dtype)
+    ffn = FeedForward(model.d_model, model.d_ff, dtype, rngs=rngs)
+    return Block(model, attention, ffn)
+
+
+def _make_moe(config: Config, moe: MoeConfig, rngs: nnx.Rngs) -> MoE:
+    return MoE(
         moe,
-        width,
-        dtype,
+        config.model.d_model,
+        jnp.dtype(config.model.compute_dtype),
         vocab_size=config.vocab_size,
         active_top_k=_first_active_top_k(config, moe),
         rngs=rngs,
     )
-    return Block(model, attention, moe_layer)
 
 
 def _make_attention(config: Config, rngs: nnx.Rngs) -> Attention | LatentAttention:

@@ -205,15 +205,16 @@ def _outside_feed_forward(config: Config) -> _Layer:
     attention = _attention(config)
     norm = _norm_vectors(model) * d_model
     norms = _norms_of_layer(model) * norm
-    layers = model.num_layers * (attention.projections + attention.vectors + norms)
+    num_blocks = 2 * model.num_layers if model.shortcut else model.num_layers
+    layers = num_blocks * (attention.projections + attention.vectors + norms)
     final_norm = norm
     logits_bias = config.vocab_size if model.logits_bias else 0
     embedding = config.vocab_size * d_model
     num_embeddings = 1 if model.tied_embeddings else 2
     score_width = attention.width + attention.value_width
     flops = Flops(
-        projections=2 * length * attention.projections * model.num_layers,
-        scores=2 * length**2 * score_width * model.num_layers,
+        projections=2 * length * attention.projections * num_blocks,
+        scores=2 * length**2 * score_width * num_blocks,
         logits=2 * length * embedding,
     )
     always = num_embeddings * embedding + logits_bias + final_norm + layers
@@ -235,7 +236,10 @@ def _feed_forward(config: Config, kind: MoeConfig | None) -> _Layer:
     """Counts a layer of experts, or a dense one where there is no kind."""
     if kind is None:
         return _dense(config)
-    return _experts(kind, config.model.d_model, config.data.seq_len)
+    experts = _experts(kind, config.model.d_model, config.data.seq_len)
+    if not config.model.shortcut:
+        return experts
+    return _with_two_dense(experts, _dense(config))
 
 
 def _dense(config: Config) -> _Layer:
@@ -243,6 +247,12 @@ def _dense(config: Config) -> _Layer:
     weights = _weights(Network(), config.model.d_model, config.model.d_ff)
     flops = Flops(dense=2 * config.data.seq_len * weights)
     return _Layer(weights, flops=flops)
+
+
+def _with_two_dense(experts: _Layer, dense: _Layer) -> _Layer:
+    """Returns the counts of experts and of two dense networks beside them."""
+    flops = dataclasses.replace(experts.flops, dense=2 * dense.flops.dense)
+    return dataclasses.replace(experts, always=experts.always + 2 * dense.always, flops=flops)
 
 
 def _weights(network: Network, width: int, d_hidden: int) -> int:

@@ -184,6 +184,26 @@ OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they 
         "moe": {"every": 2},
         "model": {"norm": "layer_without_bias", "parallel_residual": True},
     },
+    "shortcut": {
+        "model": {"shortcut": True},
+        "moe": {
+            "num_identity_experts": 2,
+            "renormalize": False,
+            "route_scale": 2.0,
+            "selection_bias": True,
+        },
+        "attention": {
+            "kind": "latent",
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "d_query_latent": 12,
+            "d_kv_latent": 10,
+            "d_nope": 6,
+            "d_rope": 4,
+            "d_value": 8,
+            "scale_latents": True,
+        },
+    },
     "schedules": {
         "moe": {"top_k": 4, "renormalize": False, "jitter": 0.1, "selection_bias": True},
         "schedule": {

@@ -56,6 +56,12 @@ class AttentionConfig:
         64, "width of the part of a query with rotary positions", at_least=2, needs=IS_LATENT
     )
     d_value: int = leaf(128, "width of a value", at_least=1, needs=IS_LATENT)
+    scale_latents: bool = leaf(
+        False,
+        "multiply queries, and the latent vector of keys and values, by the root of model.d_model "
+        "over the width of their latent vector",
+        needs=IS_LATENT,
+    )
     score_factor: float = leaf(
         1.0,
         "factor on the products of queries and keys over the root of their width",

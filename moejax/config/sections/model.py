@@ -19,7 +19,7 @@ class ModelConfig:
         1024,
         "hidden width of the dense feed-forward layers",
         at_least=1,
-        needs=any_of(DenseLayer(), Derived("moe.d_expert")),
+        needs=any_of(DenseLayer(), Derived("moe.d_expert"), value("model.shortcut", True)),
         may_be_unread=True,
     )
     vocab_size: int = leaf(
@@ -50,6 +50,11 @@ class ModelConfig:
         False,
         "attention and the feed-forward part read the same normed input, and both are added",
         needs=value("model.norm_order", "pre"),
+    )
+    shortcut: bool = leaf(
+        False,
+        "a layer has two times attention and a dense network of width d_ff, of which the first and "
+        "the experts read the same; the experts are added at the end",
     )
     residual_multiplier: float = leaf(
         1.0, "factor on what attention and the feed-forward part add to the residual", above=0

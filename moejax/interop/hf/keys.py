@@ -17,6 +17,7 @@ REQUIRED = object()
 WITHOUT_MEANING = {
     "_name_or_path",
     "architectures",
+    "auto_map",  # code, which is never run
     "attention_dropout",  # of training alone, as are initializer_range and output_router_logits
     "bos_token_id",
     "dtype",
@@ -169,6 +170,11 @@ class Mapped:
     keys: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Leaves]
     write: Callable[[Leaves], dict[str, Any]]
+
+
+def without(table: Sequence[Entry], *keys: str) -> tuple[Entry, ...]:
+    """Returns a table without the entries of some keys."""
+    return tuple(entry for entry in table if not set(keys) & set(entry.keys))
 
 
 def first_of(published: Mapping[str, Any], keys: Sequence[str], default: Any = REQUIRED) -> Any:

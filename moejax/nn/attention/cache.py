@@ -53,3 +53,12 @@ class LatentCache(Cache):
 
     latent_BSC: jax.Array
     key_BSA: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CachePair(Cache):
+    """The caches of a layer that attends twice."""
+
+    first: Cache
+    second: Cache

@@ -31,7 +31,8 @@ class LatentAttention(nnx.Module):
       dtype: the compute dtype.
       rngs: for the parameters.
 
-    Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1.
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1; `scale_latents`: LongCat-Flash 2025,
+    section 2.2.
     """
 
     def __init__(self, config: AttentionConfig, width: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
@@ -54,6 +55,11 @@ class LatentAttention(nnx.Module):
         self.kv_up = nnx.Param(kv_up_CHX, axes=("latent", "heads", "head"))
         out_HAD = init_out(rngs.params(), (heads, config.d_value, width))
         self.out = nnx.Param(out_HAD, axes=("heads", "head", "embed"))
+        self.query_scale = self.latent_scale = 1.0
+        if config.scale_latents:
+            # Whatever the widths, queries, keys and values then have the same variance at first.
+            self.query_scale = (width / (config.d_query_latent or width)) ** 0.5
+            self.latent_scale = (width / d_kv) ** 0.5
         self.config = config
         self.dtype = dtype
 
@@ -104,7 +110,7 @@ class LatentAttention(nnx.Module):
         plain_BLHA, turned_BLHA = jnp.split(q_BLHA, [config.d_nope], axis=-1)
         turned_BLHA = rotate_by_config(turned_BLHA, positions_BL, config, factor)
         q_BLHA = jnp.concatenate([plain_BLHA, turned_BLHA], axis=-1)
-        return scale_queries(q_BLHA, config.score_factor)
+        return scale_queries(q_BLHA, config.score_factor * self.query_scale)
 
     def _compress(self, x_BLD: jax.Array, positions_BL: jax.Array) -> LatentCache:
         """Returns what keys and values of these positions are made of."""
@@ -112,7 +118,10 @@ class LatentAttention(nnx.Module):
         down_BLX = dense(x_BLD, gather_fsdp(self.kv_down, self.dtype))
         latent_BLC, key_BLA = jnp.split(down_BLX, [config.d_kv_latent], axis=-1)
         key_BL1A = rotate_by_config(key_BLA[:, :, None], positions_BL, config)
-        return LatentCache(self.kv_norm(latent_BLC), key_BL1A[:, :, 0])
+        latent_BLC = self.kv_norm(latent_BLC)
+        if self.latent_scale != 1:
+            latent_BLC *= self.latent_scale
+        return LatentCache(latent_BLC, key_BL1A[:, :, 0])
 
     def _keys_and_values(self, seen: LatentCache) -> tuple[jax.Array, jax.Array]:
         """Returns keys, and values with zeros up to the width of keys."""

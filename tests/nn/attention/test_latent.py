@@ -41,7 +41,13 @@ def turned(x_A, position, is_interleaved):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"d_query_latent": 8, "score_factor": 1.7}, {"rope_interleaved": True, "d_value": 8}],
+    [
+        {},
+        {"d_query_latent": 8, "score_factor": 1.7},
+        {"rope_interleaved": True, "d_value": 8},
+        {"d_query_latent": 8, "score_factor": 1.7, "scale_latents": True},
+        {"scale_latents": True},
+    ],
     ids=str,
 )
 def test_latent_attention_equals_the_loop_over_queries_heads_and_keys(options):
@@ -58,11 +64,15 @@ def test_latent_attention_equals_the_loop_over_queries_heads_and_keys(options):
             x_X = normed(x_X @ w["query_down"], w["query_norm"]["scale"])
         q_A = x_X @ w["query"][:, h]
         q_A[nope:] = turned(q_A[nope:], positions_BL[b, i], config.rope_interleaved)
+        if config.scale_latents and config.d_query_latent:
+            q_A *= np.sqrt(WIDTH / config.d_query_latent)
         return q_A
 
     def key_and_value(b, j, h):
         down_X = x_BLD[b, j] @ w["kv_down"]
         latent_C = normed(down_X[:latent], w["kv_norm"]["scale"])
+        if config.scale_latents:
+            latent_C = latent_C * np.sqrt(WIDTH / latent)
         up_X = latent_C @ w["kv_up"][:, h]
         shared_A = turned(down_X[latent:], positions_BL[b, j], config.rope_interleaved)
         return np.concatenate([up_X[:nope], shared_A]), up_X[nope:]

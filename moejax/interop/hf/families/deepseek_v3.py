@@ -32,6 +32,9 @@ def _write_score_factor(leaves: Leaves) -> dict[str, Any]:
     return written
 
 
+SCORE_FACTOR = Mapped(("rope_scaling",), _read_score_factor, _write_score_factor)
+
+
 def _check_heads(published: Mapping[str, Any]) -> Leaves:
     """Raises `HfError` where heads would share keys."""
     heads = first_of(published, ("num_attention_heads",))
@@ -49,6 +52,9 @@ def _write_heads(leaves: Leaves) -> dict[str, Any]:
     return {"num_attention_heads": heads, "num_key_value_heads": heads}
 
 
+EQUAL_HEADS = Mapped(("num_attention_heads", "num_key_value_heads"), _check_heads, _write_heads)
+
+
 def _is_of_further_layers(name: str, published: Mapping[str, Any]) -> bool:
     """Whether a tensor is of a layer after the last, which predicts further tokens in training."""
     first = first_of(published, ("num_hidden_layers",))
@@ -62,8 +68,8 @@ FAMILY = Family(
     architecture="DeepseekV3ForCausalLM",
     keys=(
         *BASE,
-        Mapped(("num_attention_heads", "num_key_value_heads"), _check_heads, _write_heads),
-        Mapped(("rope_scaling",), _read_score_factor, _write_score_factor),
+        EQUAL_HEADS,
+        SCORE_FACTOR,
         Key("rope_theta", "attention.rope_theta", default=1e4),
         Key("rope_interleave", "attention.rope_interleaved", default=True),
         Key("q_lora_rank", "attention.d_query_latent", default=0),

@@ -2,10 +2,9 @@
 
 from moejax.interop.hf.attention_bias import ATTENTION_BIAS, BIASES
 from moejax.interop.hf.family import Family
-from moejax.interop.hf.keys import Always, Fixed, Ignored, Key, Mapped, first_of
+from moejax.interop.hf.keys import Always, Fixed, Ignored, Key, Mapped, first_of, without
 from moejax.interop.hf.llama import ATTENTION, DECODER, NORMS, OUTER, experts
 from moejax.interop.hf.long_rope import LONG_ROPE
-from moejax.interop.hf.rope import ROPE_SCALING
 from moejax.interop.hf.tensors import Tensor
 
 WINDOW = Mapped(
@@ -24,7 +23,8 @@ FAMILY = Family(
     model_type="phimoe",
     architecture="PhimoeForCausalLM",
     keys=(
-        *(LONG_ROPE if entry is ROPE_SCALING else entry for entry in DECODER),
+        *without(DECODER, "rope_scaling"),
+        LONG_ROPE,
         ATTENTION_BIAS,
         Key("lm_head_bias", "model.logits_bias", default=False),
         WINDOW,
