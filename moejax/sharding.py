@@ -42,6 +42,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "slots": EXPERT_AXES,
     "router": None,
     "latent": None,
+    "query_experts": None,
+    "key_value": None,
     "norm": None,
     "layers": None,
 }
@@ -231,7 +233,7 @@ def _splits(config: Config) -> list[tuple[str, int, str]]:
         ("data.vocab_size", config.vocab_size, "tensor"),
         ("data.seq_len", config.data.seq_len, "context"),
     ]
-    if attention.kind == "grouped_query":
+    if attention.kind != "latent":
         splits.append(("attention.num_kv_heads", attention.num_kv_heads, "tensor"))
     if config.num_moe_layers < model.num_layers or model.shortcut:
         splits.append(("model.d_ff", model.d_ff, "tensor"))

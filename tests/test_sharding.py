@@ -225,6 +225,7 @@ def all_axes():
         *parameter_axes(every_part),
         *parameter_axes({}),
         *parameter_axes({"moe.num_experts": 0}),
+        *parameter_axes({"attention.kind": "routed"}),
     ]
 
 

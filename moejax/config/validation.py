@@ -21,6 +21,7 @@ def validate(config: Config) -> None:
     validate_attention(config.attention, config.model)
     _validate_long_texts(config)
     _validate_shortcut(config)
+    _validate_routed_attention(config)
     if config.moe.num_experts:
         _validate_layers(config)
     validate_schedules(config.schedule, config.moe, set(config.layers))
@@ -55,6 +56,24 @@ def _validate_shortcut(config: Config) -> None:
         f"model.shortcut=True needs experts in every layer, and {config.num_moe_layers} of "
         f"model.num_layers={model.num_layers} have some; set moe.first_dense=0, moe.every=1, and "
         "no dense layer in moe.per_layer, or model.shortcut=False",
+    )
+
+
+def _validate_routed_attention(config: Config) -> None:
+    """Requires a MoE layer next to attention by experts: their statistics travel together."""
+    model = config.model
+    if config.attention.kind != "routed":
+        return
+    require(
+        config.num_moe_layers == model.num_layers,
+        f"attention.kind=routed needs experts in every layer, and {config.num_moe_layers} of "
+        f"model.num_layers={model.num_layers} have some; set moe.first_dense=0, moe.every=1, and "
+        "no dense layer in moe.per_layer, or attention.kind=grouped_query",
+    )
+    require(
+        not model.shortcut,
+        "attention.kind=routed with model.shortcut=True: a layer has one router of attention; use "
+        "attention.kind=grouped_query or latent, or model.shortcut=False",
     )
 
 

@@ -23,6 +23,7 @@ from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 from moejax.moe.router.selection import SAVED_NAMES
 from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.cache import Cache
+from moejax.nn.attention.routed import RoutedAttention
 from moejax.nn.norms import Identity, Norm, make_norm
 from moejax.sharding import constrain_tokens
 
@@ -120,10 +121,12 @@ class Block(nnx.Module):
         Without a cache it mixes the tokens of `x_BLD` alone.
         """
         with jax.named_scope("mixer"):
-            mixed_BLD, cache = self.mix(x_BLD, context, cache)
+            mixed_BLD, routed, cache = self._mix(x_BLD, context, cache)
             residual_BLD = self.add_mixed(x_BLD, mixed_BLD)
         inputs_BLD = self.ffn_inputs(x_BLD, residual_BLD)
         x_BLD, stats = self.add_ffn(residual_BLD, inputs_BLD, context)
+        if stats is not None and routed is not None:
+            stats = dataclasses.replace(stats, attention=routed)
         return x_BLD, stats, cache
 
     def mix(
@@ -133,8 +136,20 @@ class Block(nnx.Module):
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns what the mixer makes of the residual stream, and its cache."""
+        mixed_BLD, _, cache = self._mix(x_BLD, context, cache)
+        return mixed_BLD, cache
+
+    def _mix(
+        self, x_BLD: jax.Array, context: Context, cache: Any
+    ) -> tuple[jax.Array, RoutingStats | None, Cache | None]:
+        """Returns what the mixer makes of the residual stream, its routing if any, its cache."""
         normed_BLD = self.mixer_norm(x_BLD)
-        return self.mixer(normed_BLD, context.positions_BL, context.segments_BL, cache)
+        if isinstance(self.mixer, RoutedAttention):
+            return self.mixer.attend(
+                normed_BLD, context.positions_BL, context.segments_BL, cache, context.info
+            )
+        y_BLD, cache = self.mixer(normed_BLD, context.positions_BL, context.segments_BL, cache)
+        return y_BLD, None, cache
 
     def add_mixed(self, x_BLD: jax.Array, mixed_BLD: jax.Array) -> jax.Array:
         """Returns the residual stream after the mixer, from that before it and its output."""

@@ -28,6 +28,7 @@ from moejax.moe.overrides import AS_TRAINED, RoutingOverrides, split_overrides
 from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.grouped_query import Attention
 from moejax.nn.attention.latent import LatentAttention
+from moejax.nn.attention.routed import RoutedAttention
 from moejax.nn.norms import make_norm
 from moejax.sharding import constrain_tokens, gather_fsdp, parts_of_logits
 
@@ -52,7 +53,8 @@ class Decoder(nnx.Module):
         self.stacks = nnx.List(make_stacks(config, rngs))
         if config.attention.window:
             _set_windows(self.stacks, config)
-        self.final_norm = make_norm(config.model.norm, width, config.model.norm_epsilon)
+        epsilon = config.model.final_norm_epsilon or config.model.norm_epsilon
+        self.final_norm = make_norm(config.model.norm, width, epsilon)
         if not config.model.tied_embeddings:
             unembedding_VD = init(rngs.params(), shape)
             self.unembedding = nnx.Param(unembedding_VD, axes=("vocab", "embed"))
@@ -238,11 +240,16 @@ def _make_moe(config: Config, moe: MoeConfig, rngs: nnx.Rngs) -> MoE:
     )
 
 
-def _make_attention(config: Config, rngs: nnx.Rngs) -> Attention | LatentAttention:
+def _make_attention(
+    config: Config, rngs: nnx.Rngs
+) -> Attention | RoutedAttention | LatentAttention:
     model = config.model
     dtype = jnp.dtype(model.compute_dtype)
     if config.attention.kind == "latent":
         return LatentAttention(config.attention, model.d_model, dtype, rngs=rngs)
+    if config.attention.kind == "routed":
+        router = config.attention_router
+        return RoutedAttention(config.attention, router, model.d_model, dtype, rngs=rngs)
     make_qk_norm = functools.partial(make_norm, model.norm, epsilon=model.norm_epsilon)
     return Attention(config.attention, model.d_model, dtype, make_norm=make_qk_norm, rngs=rngs)
 

@@ -44,6 +44,8 @@ def count_parameters(config: Config) -> ParameterCount:
 
 def _active_size(config: Config, path: tuple[Any, ...], param: Any, size: int) -> int:
     """Returns how many of a parameter's numbers take part in one token's forward pass."""
+    if "query_experts" in param.axes:
+        return size * config.attention.top_k_query_experts // config.attention.num_query_experts
     if path[0] != "stacks" or "experts" not in param.axes:
         return size
     stack = int(str(path[1]))

@@ -96,6 +96,8 @@ class MoE(nnx.Module):
         if config.shared_combine == "gated":
             gate_D1 = initialize(rngs.params(), (d_model, 1))
             self.shared_gate = nnx.Param(gate_D1, axes=("embed", "router"))
+        if config.output_bias:
+            self.output_bias = nnx.Param(jnp.zeros(d_model), axes=("norm",))
         self._init_router_state(vocab_size, active_top_k, rngs)
 
     def _init_router_state(self, vocab_size: int, active_top_k: int | None, rngs: nnx.Rngs) -> None:
@@ -141,6 +143,9 @@ class MoE(nnx.Module):
         if self.config.num_shared_experts:
             with jax.named_scope("shared_experts"):
                 y_BLD = self._add_shared(y_BLD, x_BLD, info)
+        if self.config.output_bias:
+            bias_11D = self.output_bias[...].astype(y_BLD.dtype)[None, None]
+            y_BLD += jnp.where(info.is_token_BL[..., None], bias_11D, 0)
         return y_BLD, stats
 
     def _route(self, logits: Logits, info: TokenInfo) -> AnyRouting:

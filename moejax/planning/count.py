@@ -78,7 +78,8 @@ class Count:
 class _Layer:
     """Parameters of a part of the model, and products of its forward pass over one row."""
 
-    always: int  # parameters that every token uses
+    always: int  # parameters that every token uses, or as many as it uses
+    unused: int = 0  # others that are not in experts of a MoE layer
     per_expert: int = 0
     num_experts: int = 0
     num_active: int = 0
@@ -92,7 +93,7 @@ class _Layer:
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.always + self.in_experts
+        return self.always + self.unused + self.in_experts
 
     @property
     def active(self) -> int:
@@ -117,7 +118,7 @@ def count(config: Config) -> Count:
       config: resolved.
     """
     outside = _outside_feed_forward(config)
-    total = outside.always
+    total = outside.total
     active = outside.always
     experts = 0
     row_flops = [outside.flops]
@@ -151,17 +152,21 @@ class _Attention:
       vectors: weights of its norms, biases and sinks.
       width: of all queries together, which the products with keys have.
       value_width: of all values together, as each head sees them.
+      unused: weights that take no part in one token's forward pass.
     """
 
     projections: int
     vectors: int
     width: int
     value_width: int
+    unused: int = 0
 
 
 def _attention(config: Config) -> _Attention:
     if config.attention.kind == "latent":
         return _latent_attention(config)
+    if config.attention.kind == "routed":
+        return _routed_attention(config)
     attention, d_model = config.attention, config.model.d_model
     d_query = attention.num_heads * config.head_dim
     d_kv = attention.num_kv_heads * config.head_dim
@@ -180,6 +185,23 @@ def _attention(config: Config) -> _Attention:
     if attention.out_bias:
         vectors += d_model
     return _Attention(query_and_output + key_and_value, vectors, d_query, d_query)
+
+
+def _routed_attention(config: Config) -> _Attention:
+    attention, d_model = config.attention, config.model.d_model
+    d_heads = attention.num_kv_heads * config.head_dim
+    expert = 2 * d_model * d_heads
+    key_and_value = 2 * d_model * d_heads
+    router = d_model * attention.num_query_experts
+    vectors = d_model if attention.out_bias else 0
+    d_query = attention.top_k_query_experts * d_heads
+    return _Attention(
+        attention.num_query_experts * expert + key_and_value + router,
+        vectors,
+        d_query,
+        d_query,
+        unused=(attention.num_query_experts - attention.top_k_query_experts) * expert,
+    )
 
 
 def _latent_attention(config: Config) -> _Attention:
@@ -212,13 +234,15 @@ def _outside_feed_forward(config: Config) -> _Layer:
     embedding = config.vocab_size * d_model
     num_embeddings = 1 if model.tied_embeddings else 2
     score_width = attention.width + attention.value_width
+    used = attention.projections - attention.unused
     flops = Flops(
-        projections=2 * length * attention.projections * num_blocks,
+        projections=2 * length * used * num_blocks,
         scores=2 * length**2 * score_width * num_blocks,
         logits=2 * length * embedding,
     )
     always = num_embeddings * embedding + logits_bias + final_norm + layers
-    return _Layer(always, flops=flops)
+    unused = attention.unused * num_blocks
+    return _Layer(always - unused, unused=unused, flops=flops)
 
 
 def _norm_vectors(model: ModelConfig) -> int:
@@ -288,8 +312,9 @@ def _experts(moe: MoeConfig, d_model: int, length: int) -> _Layer:
         shared=2 * length * (shared + constant_weights),
     )
     router = router_weights + router_rest
+    output_bias = d_model if moe.output_bias else 0
     return _Layer(
-        always=router + latent + shared + shared_biases,
+        always=router + latent + shared + shared_biases + output_bias,
         per_expert=expert + _biases(network, width, moe.d_expert),
         num_experts=moe.num_experts,
         num_active=min(moe.top_k, moe.num_experts),

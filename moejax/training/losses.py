@@ -5,6 +5,7 @@ of the whole global batch, so that it is the same for any mesh and any gradient 
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -101,9 +102,10 @@ def losses(sums: BatchSums, knobs: Knobs, config: Config) -> dict[str, jax.Array
 
     Returns:
       `loss/lm` is the mean cross-entropy in nats. `loss/balance`, `loss/z` and others are means
-      over the MoE layers that have them, unweighted; `loss/balance_weighted` and so on their
-      contributions to `loss/total`: weight times the sum over layers, as in the published systems,
-      where each layer adds its own term.
+      over the MoE layers that have them, unweighted, `loss/attention_balance` and so on over the
+      routers of attention; `loss/balance_weighted` and so on their contributions to `loss/total`:
+      weight times the sum over layers, as in the published systems, where each layer adds its own
+      term, and that of its attention times `attention.router_loss_factor`.
 
     Raises:
       ValueError: while tracing, if the sums are not those of as many layers as the configuration
@@ -119,15 +121,31 @@ def losses(sums: BatchSums, knobs: Knobs, config: Config) -> dict[str, jax.Array
     total = found["loss/lm"]
     groups = zip(sums.routing, config.moe_groups, strict=True)
     losses_of_groups = [auxiliary_losses(stats, moe) for stats, moe in groups]
+    losses_of_attention = _losses_of_attention(sums.routing, config)
     for name in LOSS_SPECS:
         parts = [group[name] for group in losses_of_groups if name in group]
         if parts:
-            weight = getattr(knobs, f"{name}_weight")
-            weighted = weight * _sum_of_terms(parts)
+            terms = _sum_of_terms(parts)
             found[f"loss/{name}"] = _mean_value(parts)
+            of_attention = [group[name] for group in losses_of_attention if name in group]
+            if of_attention:
+                terms += config.attention.router_loss_factor * _sum_of_terms(of_attention)
+                found[f"loss/attention_{name}"] = _mean_value(of_attention)
+            weighted = getattr(knobs, f"{name}_weight") * terms
             found[f"loss/{name}_weighted"] = weighted
             total += weighted
     return found | {"loss/total": total}
+
+
+def _losses_of_attention(
+    routing: Sequence[RoutingStats], config: Config
+) -> list[dict[str, AuxiliaryLoss]]:
+    """Returns the losses of the routers of attention by group of layers; none without any."""
+    found = []
+    for stats in routing:
+        if stats.attention is not None:
+            found.append(auxiliary_losses(stats.attention, config.attention_router))
+    return found
 
 
 def _mean_value(parts: list[AuxiliaryLoss]) -> jax.Array:

@@ -33,7 +33,8 @@ class StepOutput:
     """What a step reports of the global batch.
 
     Attributes:
-      scalars: losses, and means over layers of what follows.
+      scalars: losses, and means over layers of what follows, also of the routers of attention,
+        whose statistics are in nothing else.
       routing: sums by layer; None for a dense model.
       layers: `balance.routing_metrics` of each MoE layer, `[N]` each; empty for a dense model.
       state: `router_state.state_arrays` after the step, `[N, E]` each; empty for a dense model.
@@ -193,6 +194,10 @@ def _output_of(
     routing = join(sums.routing)
     if routing is None:
         return StepOutput(scalars, routing)
+    if routing.attention is not None:
+        metrics = routing_metrics(routing.attention)
+        scalars = scalars | {f"attention/{name}": each.mean() for name, each in metrics.items()}
+        routing = dataclasses.replace(routing, attention=None)
     by_layer = routing_metrics(routing)
     by_expert = state_arrays(new_state.router_state)
     scalars = scalars | _routing_scalars(by_layer, by_expert, config, step)

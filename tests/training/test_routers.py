@@ -25,6 +25,7 @@ ACCUMULATED = {
     "expert_choice",
     "schedules",
     "experts",
+    "routed attention",
 }
 
 # What another case could change in a step: a bias that follows the counts of all microbatches and

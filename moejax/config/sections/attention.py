@@ -14,6 +14,8 @@ HAS_LONG_ROPE = value("attention.rope_scaling", "longrope")
 
 HAS_GROUPS = value("attention.kind", "grouped_query")
 IS_LATENT = value("attention.kind", "latent")
+IS_ROUTED = value("attention.kind", "routed")
+HAS_HEADS = other_than("attention.kind", "latent")
 
 FULL = 2**30
 """A window that is as wide as any text."""
@@ -26,22 +28,38 @@ WINDOW_KINDS = ("window", "full")
 class AttentionConfig:
     """Attention, of which every layer has one."""
 
-    kind: Literal["grouped_query", "latent"] = leaf(
+    kind: Literal["grouped_query", "routed", "latent"] = leaf(
         "grouped_query",
-        "what keys and values are made of: heads that queries share, or a latent vector (MLA)",
+        "what keys and values are made of: heads that queries share, the same with queries and "
+        "outputs of experts (MoA), or a latent vector (MLA)",
     )
     num_heads: int = leaf(4, "query heads", at_least=1)
     num_kv_heads: int = leaf(
         2,
         "key and value heads, shared by groups of query heads",
         at_least=1,
-        needs=HAS_GROUPS,
+        needs=HAS_HEADS,
     )
     head_dim: int = leaf(
         0,
         "width of a head; 0: model.d_model / attention.num_heads",
         at_least=0,
-        needs=HAS_GROUPS,
+        needs=HAS_HEADS,
+    )
+    num_query_experts: int = leaf(
+        8,
+        "experts of attention, each with a query head and an output for every key and value head",
+        at_least=2,
+        needs=IS_ROUTED,
+    )
+    top_k_query_experts: int = leaf(
+        2, "experts of attention that a token chooses", at_least=2, needs=IS_ROUTED
+    )
+    router_loss_factor: float = leaf(
+        1.0,
+        "auxiliary losses of the router of attention, relative to those of the MoE layer's router",
+        at_least=0,
+        needs=IS_ROUTED,
     )
     d_query_latent: int = leaf(
         0, "width of the latent vector of queries; 0: none", at_least=0, needs=IS_LATENT
@@ -73,7 +91,7 @@ class AttentionConfig:
         needs=HAS_GROUPS,
     )
     qkv_bias: bool = leaf(False, "biases of queries, keys and values", needs=HAS_GROUPS)
-    out_bias: bool = leaf(False, "bias of the output", needs=HAS_GROUPS)
+    out_bias: bool = leaf(False, "bias of the output", needs=HAS_HEADS)
     clip_qkv: float = leaf(
         0.0,
         "largest magnitude of queries, keys and values; 0: no limit",
@@ -182,6 +200,8 @@ def validate_attention(attention: AttentionConfig, model: ModelConfig) -> None:
         _validate_latent(attention)
         _validate_long_rope(attention, attention.d_rope)
         return
+    if attention.kind == "routed":
+        _validate_routed(attention)
     # Rotary embeddings turn pairs of features, so a head has an even width.
     if attention.head_dim:
         require(
@@ -216,6 +236,21 @@ def _validate_long_rope(attention: AttentionConfig, width: int) -> None:
         num_factors == width // 2,
         f"attention.rope_wavelengths has {num_factors} factors; it must have {width // 2}, one for "
         f"each pair of the {width} dimensions that are rotated",
+    )
+
+
+def _validate_routed(attention: AttentionConfig) -> None:
+    require(
+        attention.top_k_query_experts <= attention.num_query_experts,
+        f"attention.top_k_query_experts={attention.top_k_query_experts} must be at most "
+        f"attention.num_query_experts={attention.num_query_experts}",
+    )
+    num_heads = attention.top_k_query_experts * attention.num_kv_heads
+    require(
+        attention.num_heads == num_heads,
+        f"attention.num_heads={attention.num_heads} must be {num_heads}: a query head of each of "
+        f"attention.top_k_query_experts={attention.top_k_query_experts} experts for each of "
+        f"attention.num_kv_heads={attention.num_kv_heads} heads of keys",
     )
 
 

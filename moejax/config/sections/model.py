@@ -41,6 +41,9 @@ class ModelConfig:
     norm_epsilon: float = leaf(
         1e-6, "added to the mean square, or to the variance, in every norm", above=0
     )
+    final_norm_epsilon: float = leaf(
+        0.0, "the same in the norm after the last layer; 0: norm_epsilon", at_least=0
+    )
     norm_order: Literal["pre", "post", "sandwich"] = leaf(
         "pre",
         "whether a norm is before attention and before the feed-forward part, after each of them "

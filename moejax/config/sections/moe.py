@@ -120,6 +120,7 @@ class MoeConfig:
         needs=value("moe.activation", "clamped_swiglu"),
     )
     expert_bias: bool = leaf(False, "biases in the experts")
+    output_bias: bool = leaf(False, "a bias of the layer's output")
     d_latent: int = leaf(
         0,
         "width of the latent space of the experts: tokens are projected down to it and back up; 0: "

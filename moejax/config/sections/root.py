@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from moejax.config.layer_pattern import LayerGroup, layer_groups, layer_kinds
+from moejax.config.loss_specs import LOSS_SPECS
 from moejax.config.sections.alarms import AlarmConfig
 from moejax.config.sections.attention import AttentionConfig
 from moejax.config.sections.data import BYTE_VOCAB_SIZE, DataConfig
@@ -53,6 +54,23 @@ class Config:
     def head_dim(self) -> int:
         """Width of an attention head."""
         return self.attention.head_dim or self.model.d_model // self.attention.num_heads
+
+    @property
+    def attention_router(self) -> MoeConfig:
+        """The router of attention by experts, with the auxiliary losses of the MoE layers."""
+        weights: dict[str, Any] = {}
+        for name, spec in LOSS_SPECS.items():
+            fits = "softmax_topk" in spec.fitting_routers
+            weights[f"{name}_weight"] = getattr(self.moe, f"{name}_weight") if fits else 0.0
+        return dataclasses.replace(
+            MoeConfig(),
+            num_experts=self.attention.num_query_experts,
+            top_k=self.attention.top_k_query_experts,
+            score="softmax",
+            balance_scope=self.moe.balance_scope,
+            balance_convention=self.moe.balance_convention,
+            **weights,
+        )
 
     @property
     def layers(self) -> tuple[MoeConfig | None, ...]:

@@ -65,6 +65,7 @@ class RoutingStats:
       vmoe_load_E: V-MoE's estimate of it.
       quantile_margins_TE: for quantile balancing, each logit minus the least that its token
         accepts; -inf at padding. Not a sum: the step concatenates microbatches.
+      attention: the statistics of the router of attention in the same layer, if it has one.
       routing: the token-level decisions, only when a trace was asked for.
 
     Those with a default are None unless the configuration needs them.
@@ -94,6 +95,7 @@ class RoutingStats:
     load_E: Any = None
     vmoe_load_E: Any = None
     quantile_margins_TE: Any = None
+    attention: Any = None
     routing: Any = None
 
 
@@ -101,7 +103,8 @@ def add_stats(first: RoutingStats, second: RoutingStats) -> RoutingStats:
     """The statistics of two batches together; token-level arrays must be absent."""
     total = jax.tree.map(jnp.add, first, second)
     logit_max = jnp.maximum(first.logit_max, second.logit_max)
-    return dataclasses.replace(total, logit_max=logit_max)
+    attention = first.attention and add_stats(first.attention, second.attention)
+    return dataclasses.replace(total, logit_max=logit_max, attention=attention)
 
 
 def join(groups: Sequence[RoutingStats]) -> RoutingStats | None:
@@ -112,12 +115,14 @@ def join(groups: Sequence[RoutingStats]) -> RoutingStats | None:
     """
     if not groups:
         return None
-    joined = {}
+    joined: dict[str, Any] = {}
     for field in dataclasses.fields(RoutingStats):
         name = field.name
         parts = [getattr(stats, name) for stats in groups]
-        is_sum = name not in ("quantile_margins_TE", "routing")
+        is_sum = name not in ("quantile_margins_TE", "attention", "routing")
         has_all = all(part is not None for part in parts)
+        if name == "attention" and has_all:
+            joined[name] = join(parts)
         if is_sum and has_all:
             joined[name] = jnp.concatenate(parts)
     return RoutingStats(**joined)

@@ -116,18 +116,22 @@ def test_tokens_visit_the_experts_of_the_reference_with_the_same_weights(family)
     arrays = reference(family)
     model = model_of(family)
     _, _, stats = run(family)
-    routings = [group.routing for group in stats]
-    routing = jax.tree.map(lambda *groups: np.concatenate(groups), *routings)
-    for n, layer in enumerate(model.config.moe_layers):
-        experts_TK, weights_TK = routing.experts_TK[n], routing.weights_TK[n]
-        expected_TK = arrays[f"router.{layer}.indices"]
-        np.testing.assert_array_equal(np.sort(experts_TK), np.sort(expected_TK))
-        combine_TE = np.zeros((len(experts_TK), model.config.moe.num_choices))
-        np.put_along_axis(combine_TE, experts_TK, weights_TK, axis=1)
-        assert_near(combine_TE, arrays[f"router.{layer}.combine"], f"combine {layer}", 1e-5)
-        assert_near(
-            routing.logits_TE[n], arrays[f"router.{layer}.logits"], f"router logits {layer}"
-        )
+    routings = {"router": [group.routing for group in stats]}
+    if stats[0].attention is not None:
+        routings["attn_router"] = [group.attention.routing for group in stats]
+    recorded = {name.partition(".")[0] for name in arrays if name.endswith(".combine")}
+    assert recorded == set(routings)
+    for name, groups in routings.items():
+        routing = jax.tree.map(lambda *parts: np.concatenate(parts), *groups)
+        for n, layer in enumerate(model.config.moe_layers):
+            router = f"{name}.{layer}"
+            experts_TK, weights_TK = routing.experts_TK[n], routing.weights_TK[n]
+            expected_TK = arrays[f"{router}.indices"]
+            np.testing.assert_array_equal(np.sort(experts_TK), np.sort(expected_TK))
+            combine_TE = np.zeros_like(routing.logits_TE[n])
+            np.put_along_axis(combine_TE, experts_TK, weights_TK, axis=1)
+            assert_near(combine_TE, arrays[f"{router}.combine"], f"combine {router}", 1e-5)
+            assert_near(routing.logits_TE[n], arrays[f"{router}.logits"], f"logits {router}")
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "aux_loss" in reference(name)])
@@ -135,8 +139,13 @@ def test_tokens_visit_the_experts_of_the_reference_with_the_same_weights(family)
 def test_the_auxiliary_loss_of_the_reference_follows_from_the_sums(family, padding):
     # The reference pools the tokens of all layers before it multiplies load and probability.
     stats = join(run(family, padding)[2])
-    load_E = stats.assignments_E.sum(axis=0) / stats.num_tokens.sum()
-    probs_E = stats.probs_E.sum(axis=0) / stats.num_tokens.sum()
+    pooled = [(1, stats)]
+    if stats.attention is not None:
+        # It records the routers of attention twice.
+        pooled.append((model_of(family).config.attention.router_loss_factor, stats.attention))
+    num_rows = sum(weight * each.num_tokens.sum() for weight, each in pooled)
+    load_E = sum(weight * each.assignments_E.sum(axis=0) for weight, each in pooled) / num_rows
+    probs_E = sum(weight * each.probs_E.sum(axis=0) for weight, each in pooled) / num_rows
     loss = len(load_E) * (load_E * probs_E).sum()
     assert_near(loss, reference(family)[f"{padding}aux_loss"], "aux_loss")
 
