@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -28,6 +27,7 @@ from moejax.moe.overrides import AS_TRAINED, RoutingOverrides, split_overrides
 from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.grouped_query import Attention
 from moejax.nn.attention.latent import LatentAttention
+from moejax.nn.attention.layer_options import LayerOptions, assign_constants, options_by_layer
 from moejax.nn.attention.routed import RoutedAttention
 from moejax.nn.norms import make_norm
 from moejax.sharding import constrain_tokens, gather_fsdp, parts_of_logits
@@ -51,8 +51,8 @@ class Decoder(nnx.Module):
         embedding_VD = init(rngs.params(), shape)
         self.embedding = nnx.Param(embedding_VD, axes=("vocab", "embed"))
         self.stacks = nnx.List(make_stacks(config, rngs))
-        if config.attention.window:
-            _set_windows(self.stacks, config)
+        if config.attention.kind == "grouped_query":
+            _set_options(self.stacks, config)
         epsilon = config.model.final_norm_epsilon or config.model.norm_epsilon
         self.final_norm = make_norm(config.model.norm, width, epsilon)
         if not config.model.tied_embeddings:
@@ -166,21 +166,38 @@ class Decoder(nnx.Module):
         )
 
 
-def _set_windows(stacks: Sequence[Stack], config: Config) -> None:
-    """Gives each layer its window; layers of a stack are made alike."""
-    windows = np.array(config.attention.windows(config.model.num_layers), np.int32)
+def _set_options(stacks: Sequence[Stack], config: Config) -> None:
+    """Gives each layer of attention its options; layers of a stack are made alike."""
+    num_pairs = (config.attention.rope_dim or config.head_dim) // 2
+    options = options_by_layer(config.attention, config.model.num_layers, num_pairs)
     first = 0
     for stack, group in zip(stacks, config.layer_groups, strict=True):
-        num = group.num * len(group.kinds)
-        windows_NX = jnp.asarray(windows[first : first + num].reshape(group.num, -1))
-        first += num
+        of_dense, of_last = _options_in_group(options, first, group)
+        first += group.num * len(group.kinds)
         block: Any = stack.block
         if isinstance(block, InterleavedBlock):
             dense: Any = block.dense.block
-            dense.mixer.window[...] = windows_NX[:, :-1]
+            assign_constants(dense.mixer.constants, of_dense)
             block = block.moe_block
         for mixer in block.mixers:
-            mixer.window[...] = windows_NX[:, -1]
+            assign_constants(mixer.constants, of_last)
+
+
+def _options_in_group(
+    options: LayerOptions, first: int, group: LayerGroup
+) -> tuple[LayerOptions, LayerOptions]:
+    """Returns the options of all but the last layer of each block, and those of the last ones."""
+    num_layers = len(group.kinds)
+    end = first + group.num * num_layers
+
+    def in_blocks(value_N):
+        of_group_N = value_N[first:end]
+        return of_group_N.reshape(group.num, num_layers, *value_N.shape[1:])
+
+    by_block = jax.tree.map(in_blocks, options)
+    of_dense = jax.tree.map(lambda value_NX: value_NX[:, :-1], by_block)
+    of_last = jax.tree.map(lambda value_NX: value_NX[:, -1], by_block)
+    return of_dense, of_last
 
 
 def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:
@@ -251,7 +268,14 @@ def _make_attention(
         router = config.attention_router
         return RoutedAttention(config.attention, router, model.d_model, dtype, rngs=rngs)
     make_qk_norm = functools.partial(make_norm, model.norm, epsilon=model.norm_epsilon)
-    return Attention(config.attention, model.d_model, dtype, make_norm=make_qk_norm, rngs=rngs)
+    return Attention(
+        config.attention,
+        model.d_model,
+        dtype,
+        make_norm=make_qk_norm,
+        norm_epsilon=model.norm_epsilon,
+        rngs=rngs,
+    )
 
 
 def _first_active_top_k(config: Config, moe: MoeConfig) -> int | None:

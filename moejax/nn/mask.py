@@ -24,7 +24,7 @@ class AttentionMask:
       key_segments_BS: the document of each key, given together with `query_segments_BL`.
       is_causal: whether a query sees no key after its own position.
       window: the most keys that a query sees, its own position last; with `is_causal` only. A
-        number or an int32 scalar; None: any number.
+        number, an int32 scalar, or one number a query `[B, L]`; None: any number.
     """
 
     query_positions_BL: Any = None
@@ -54,6 +54,26 @@ class AttentionMask:
         """Returns that of a cache: a query sees the slots up to its own position."""
         return cls(query_positions_BL=positions_BL)
 
+    def within(
+        self, positions_BL: Int[Array, "B L"], window: Any = None, chunk: Any = None
+    ) -> "AttentionMask":
+        """Returns the mask of queries that see keys of a window, and of their chunk, alone.
+
+        The keys of a document are in order. So those of a query's chunk up to itself are a window,
+        too, which is as wide as its place in the chunk.
+
+        Args:
+          positions_BL: position of each query in its document, whose chunks start at 0.
+          window: the most keys that a query sees; None: any number.
+          chunk: positions of a chunk; None: no chunks.
+        """
+        if chunk is None:
+            return dataclasses.replace(self, window=window)
+        width_BL = positions_BL % chunk + 1
+        if window is not None:
+            width_BL = jnp.minimum(width_BL, window)
+        return dataclasses.replace(self, window=width_BL)
+
     @property
     def has_rows(self) -> bool:
         """Whether queries and keys are the same positions of packed rows."""
@@ -64,23 +84,28 @@ class AttentionMask:
         """Whether it is one that `within_rows` gives."""
         return self.has_rows and self.is_causal and self.window is None
 
-    def with_positions(self, batch: int, length: int) -> "AttentionMask":
-        """Returns the same mask with the positions of queries written out."""
-        if self.query_positions_BL is not None:
-            return self
-        positions_L = jnp.arange(length, dtype=jnp.int32)
-        positions_BL = jnp.broadcast_to(positions_L, (batch, length))
-        return dataclasses.replace(self, query_positions_BL=positions_BL)
+    def by_query(self, batch: int, length: int) -> "AttentionMask":
+        """Returns the same mask with the position and the window of each query written out."""
+        shape = (batch, length)
+        positions_BL = self.query_positions_BL
+        if positions_BL is None:
+            positions_L = jnp.arange(length, dtype=jnp.int32)
+            positions_BL = jnp.broadcast_to(positions_L, shape)
+        window = self.window
+        if window is not None and jnp.ndim(window) == 0:
+            window = jnp.full(shape, window, jnp.int32)
+        return dataclasses.replace(self, query_positions_BL=positions_BL, window=window)
 
     def materialize(self, batch: int, length: int, num_keys: int) -> Bool[Array, "B L S"]:
         """Returns whether each of `length` queries sees each of `num_keys` keys."""
-        position_BL1 = self.with_positions(batch, length).query_positions_BL[:, :, None]
+        by_query = self.by_query(batch, length)
+        position_BL1 = by_query.query_positions_BL[:, :, None]
         key_11S = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
         is_seen_BLS = jnp.ones((batch, length, num_keys), bool)
         if self.is_causal:
             is_seen_BLS &= key_11S <= position_BL1
         if self.window is not None:
-            is_seen_BLS &= key_11S > position_BL1 - self.window
+            is_seen_BLS &= key_11S > position_BL1 - by_query.window[:, :, None]
         if self.query_segments_BL is not None:
             query_segments_BL1 = self.query_segments_BL[:, :, None]
             is_seen_BLS &= query_segments_BL1 == self.key_segments_BS[:, None]

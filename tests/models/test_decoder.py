@@ -21,6 +21,7 @@ from moejax.moe.balancing.losses import balance_loss, z_loss
 from moejax.moe.balancing.stats import join
 from moejax.moe.router.selection import SAVED_NAMES
 from moejax.moe.token_info import TokenInfo
+from moejax.nn.attention.layer_options import read_constants
 
 B, L, V = 2, 8, 320
 
@@ -518,6 +519,36 @@ def test_walking_through_the_layers_draws_what_the_scan_draws():
 def test_every_layer_has_its_window_also_where_dense_layers_and_experts_take_turns():
     config = case_config("attention")
     model = Decoder(config, rngs=nnx.Rngs(params=0))
-    windows = [int(block.mixer.window[...]) for block, _ in model.walk()]
+    windows = [int(block.mixer.constants.window[...]) for block, _ in model.walk()]
     assert windows == [3, FULL, FULL, 3, FULL]
     assert [block.is_moe for block, _ in model.walk()] == [False, False, True, False, True]
+
+
+def test_every_layer_has_its_own_chunk_theta_and_positions():
+    config = case_config("positions by layer")
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    found = [read_constants(block.mixer.constants) for block, _ in model.walk()]
+    assert [int(each.window) for each in found] == [FULL, 6, FULL, 6, FULL]
+    assert [int(each.chunk) for each in found] == [4, FULL, FULL, 4, FULL]
+    assert [bool(each.has_rope) for each in found] == [True, True, False, True, True]
+    # 6 dimensions of a head are 3 pairs; the second one turns 50^(-1/3) a position in windows.
+    turns = [float(each.frequency_a[1]) for each in found]
+    in_window = 50 ** (-1 / 3)
+    assert turns[1] == turns[3] == pytest.approx(in_window, rel=1e-6)
+    assert turns[0] == turns[2] == turns[4] != turns[1]
+
+
+def test_layers_in_turn_give_what_the_scan_over_them_gives_with_a_cache():
+    config = case_config("positions by layer")
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 16)), jnp.int32)
+    positions_BL = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
+    hidden_BLD, _ = model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
+    layered = LayeredDecoder(model)
+    cache = layered.init_cache(2, 16)
+    steps = []
+    for first, last in [(0, 6), (6, 7), (7, 11), (11, 12), (12, 16)]:
+        part = slice(first, last)
+        x_BLD, cache = layered.extend(tokens_BL[:, part], positions_BL[:, part], cache)
+        steps.append(x_BLD)
+    oracle.assert_close(model.final_norm(jnp.concatenate(steps, axis=1)), hidden_BLD, rtol=1e-5)

@@ -44,7 +44,7 @@ def test_the_longest_text_decides_on_the_magnitude(segments, magnitude):
     q, k = jnp.float32(rng.normal(size=(2, 2, 5, 1, 6)))
     plain = dataclasses.replace(CONFIG, rope_magnitude=0.0, rope_long_magnitude=0.0)
     assert long_rope_score_factor(plain, positions_BL, None) == 1
-    rotated_q = rotate_by_config(q, positions_BL, CONFIG, factor)
+    rotated_q = rotate_by_config(q, positions_BL, CONFIG, factor=factor)
     rotated_k = rotate_by_config(k, positions_BL, CONFIG)
     plain_q, plain_k = (rotate_by_config(each, positions_BL, plain) for each in (q, k))
     found = jnp.einsum("BLHA,BSHA->BLS", rotated_q, rotated_k)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.config import AttentionConfig
-from moejax.nn.rope_scaling import yarn_frequencies, yarn_magnitude
+from moejax.nn.rope_scaling import rope_frequencies, rope_magnitude
 
 
 @pytest.mark.parametrize("truncate", [True, False])
@@ -26,11 +26,16 @@ def test_frequencies_stay_above_the_ramp_are_divided_below_it_and_go_over_within
     for i, frequency in enumerate(plain):
         slowed = min(max((i - first) / (last - first), 0), 1)
         expected.append(frequency * (1 - slowed) + frequency / 8 * slowed)
-    found = yarn_frequencies(config, num_pairs)
+    found = rope_frequencies(config, num_pairs)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert found[:4] == pytest.approx(plain[:4]) and found[16:] * 8 == pytest.approx(plain[16:])
 
 
 def test_the_magnitude_is_that_of_the_factor_unless_it_is_given():
-    assert yarn_magnitude(AttentionConfig(rope_factor=8.0)) == pytest.approx(1.2079, abs=1e-4)
-    assert yarn_magnitude(AttentionConfig(rope_factor=8.0, rope_magnitude=1.0)) == 1.0
+    assert rope_magnitude(AttentionConfig(rope_scaling="yarn", rope_factor=8.0)) == pytest.approx(
+        1.2079, abs=1e-4
+    )
+    assert (
+        rope_magnitude(AttentionConfig(rope_scaling="yarn", rope_factor=8.0, rope_magnitude=1.0))
+        == 1.0
+    )

@@ -1,6 +1,7 @@
 """Softmax attention: the kernel that suits the platform and the mask."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ def attend(
     v_BSGA: Float[Array, "B S G A"],
     mask: AttentionMask,
     sinks_H: Float[Array, "H"] | None = None,
+    score_cap: float = 0.0,
 ) -> Float[Array, "B L H A"]:
     """Computes softmax attention of H query heads, which share G key and value heads.
 
@@ -36,12 +38,14 @@ def attend(
       v_BSGA: values.
       mask: which keys each query may see.
       sinks_H: a score of each head that takes part in its softmax and has no value.
+      score_cap: the limit of scores, see `attention.score_cap`; 0: none.
     """
     if mask.has_rows and has_context():
-        return _attend_across_devices(q_BLHA, k_BSGA, v_BSGA, mask, sinks_H)
-    if mask.is_of_rows and sinks_H is None and platform() == "cpu":
+        return _attend_across_devices(q_BLHA, k_BSGA, v_BSGA, mask, sinks_H, score_cap)
+    is_plain = sinks_H is None and not score_cap
+    if mask.is_of_rows and is_plain and platform() == "cpu":
         return attend_causally(q_BLHA, k_BSGA, v_BSGA, mask.query_segments_BL)
-    return attend_plainly(q_BLHA, k_BSGA, v_BSGA, mask, sinks_H)
+    return attend_plainly(q_BLHA, k_BSGA, v_BSGA, mask, sinks_H, score_cap)
 
 
 def attend_plainly(
@@ -50,6 +54,7 @@ def attend_plainly(
     v_BSGA: Float[Array, "B S G A"],
     mask: AttentionMask,
     sinks_H: Float[Array, "H"] | None = None,
+    score_cap: float = 0.0,
 ) -> Float[Array, "B L H A"]:
     """Computes all scores, for any mask; queries of long rows take turns, in blocks.
 
@@ -58,22 +63,25 @@ def attend_plainly(
     """
     batch, length = q_BLHA.shape[:2]
     if length <= LONGEST_AT_ONCE:
-        return _attend_at_once(q_BLHA, k_BSGA, v_BSGA, mask, sinks_H)
+        return _attend_at_once(q_BLHA, k_BSGA, v_BSGA, mask, sinks_H, score_cap)
     # Queries that fill up the last block may see no key. Their softmax is then that of equal
     # scores, which is finite; their outputs are cut off.
     missing = -length % BLOCK
-    mask = mask.with_positions(batch, length)
-    queries = (q_BLHA, mask.query_positions_BL, mask.query_segments_BL)
+    mask = mask.by_query(batch, length)
+    queries = (q_BLHA, mask.query_positions_BL, mask.query_segments_BL, mask.window)
     padded = jax.tree.map(lambda x_BLX: _pad_positions(x_BLX, missing), queries)
     blocks = jax.tree.map(_split_into_blocks, padded)
 
     @jax.checkpoint
     def one_block(block: Any) -> jax.Array:
-        q_BlHA, positions_Bl, segments_Bl = block
+        q_BlHA, positions_Bl, segments_Bl, window_Bl = block
         block_mask = dataclasses.replace(
-            mask, query_positions_BL=positions_Bl, query_segments_BL=segments_Bl
+            mask,
+            query_positions_BL=positions_Bl,
+            query_segments_BL=segments_Bl,
+            window=window_Bl,
         )
-        return _attend_at_once(q_BlHA, k_BSGA, v_BSGA, block_mask, sinks_H)
+        return _attend_at_once(q_BlHA, k_BSGA, v_BSGA, block_mask, sinks_H, score_cap)
 
     y_NBlHA = jax.lax.map(one_block, blocks)
     y_BNlHA = y_NBlHA.swapaxes(0, 1)
@@ -81,39 +89,54 @@ def attend_plainly(
     return y_BMHA[:, :length]
 
 
-def _attend_at_once(q_BLHA, k_BSGA, v_BSGA, mask: AttentionMask, sinks_H) -> jax.Array:
+def _attend_at_once(
+    q_BLHA, k_BSGA, v_BSGA, mask: AttentionMask, sinks_H, score_cap: float
+) -> jax.Array:
     batch, length = q_BLHA.shape[:2]
     mask_BLS = mask.materialize(batch, length, k_BSGA.shape[1])
-    mask_B1LS = mask_BLS[:, None]
-    if sinks_H is None:
+    if sinks_H is None and not score_cap:
+        mask_B1LS = mask_BLS[:, None]
         return jax.nn.dot_product_attention(q_BLHA, k_BSGA, v_BSGA, mask=mask_B1LS)
-    return _attend_with_sinks(q_BLHA, k_BSGA, v_BSGA, mask_BLS, sinks_H)
+    return _attend_by_scores(q_BLHA, k_BSGA, v_BSGA, mask_BLS, sinks_H, score_cap)
 
 
-def _attend_with_sinks(q_BLHA, k_BSGA, v_BSGA, mask_BLS, sinks_H) -> jax.Array:
-    """Computes attention whose softmax has one more score, of which no value comes.
+def _attend_by_scores(q_BLHA, k_BSGA, v_BSGA, mask_BLS, sinks_H, score_cap: float) -> jax.Array:
+    """Computes attention whose scores have a limit, or whose softmax has one more score.
 
-    The logsumexp that `jax.nn.dot_product_attention` returns would serve, but has no gradient.
+    No value comes of that score. The logsumexp that `jax.nn.dot_product_attention` returns would
+    serve, but has no gradient.
     """
-    batch, length, num_heads, width = q_BLHA.shape
+    batch, length, _, width = q_BLHA.shape
     num_groups = k_BSGA.shape[2]
     q_BLGRA = q_BLHA.reshape(batch, length, num_groups, -1, width)
     scores_BGRLS = jnp.einsum(
         "BLGRA,BSGA->BGRLS", q_BLGRA, k_BSGA, preferred_element_type=jnp.float32
     )
     scores_BGRLS *= width**-0.5
+    if score_cap:
+        scores_BGRLS = score_cap * jnp.tanh(scores_BGRLS / score_cap)
     scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, MASKED)
-    sinks_GR = sinks_H.astype(jnp.float32).reshape(num_groups, num_heads // num_groups)
-    sink_shape = (*scores_BGRLS.shape[:-1], 1)
-    sinks_BGRL1 = jnp.broadcast_to(sinks_GR[None, :, :, None, None], sink_shape)
-    all_scores_BGRLX = jnp.concatenate([scores_BGRLS, sinks_BGRL1], axis=-1)
-    weights_BGRLX = jax.nn.softmax(all_scores_BGRLX, axis=-1)
-    weights_BGRLS = weights_BGRLX[..., :-1].astype(v_BSGA.dtype)
+    if sinks_H is not None:
+        scores_BGRLS = _append_sinks(scores_BGRLS, sinks_H)
+    weights_BGRLX = jax.nn.softmax(scores_BGRLS, axis=-1)
+    num_keys = k_BSGA.shape[1]
+    weights_BGRLS = weights_BGRLX[..., :num_keys].astype(v_BSGA.dtype)
     y_BLGRA = jnp.einsum("BGRLS,BSGA->BLGRA", weights_BGRLS, v_BSGA)
     return y_BLGRA.reshape(q_BLHA.shape)
 
 
-def _attend_across_devices(q_BLHA, k_BLGA, v_BLGA, mask: AttentionMask, sinks_H) -> jax.Array:
+def _append_sinks(scores_BGRLS: jax.Array, sinks_H: jax.Array) -> jax.Array:
+    """Returns scores with that of each head's sink after those of the keys."""
+    num_groups, num_sharing = scores_BGRLS.shape[1:3]
+    sinks_GR = sinks_H.astype(jnp.float32).reshape(num_groups, num_sharing)
+    sink_shape = (*scores_BGRLS.shape[:-1], 1)
+    sinks_BGRL1 = jnp.broadcast_to(sinks_GR[None, :, :, None, None], sink_shape)
+    return jnp.concatenate([scores_BGRLS, sinks_BGRL1], axis=-1)
+
+
+def _attend_across_devices(
+    q_BLHA, k_BLGA, v_BLGA, mask: AttentionMask, sinks_H, score_cap: float
+) -> jax.Array:
     """Attends within rows whose positions are split over the devices of the axis `context`."""
     batch, length = q_BLHA.shape[:2]
     queries = PartitionSpec(BATCH_AXES, "context", "tensor")
@@ -123,13 +146,15 @@ def _attend_across_devices(q_BLHA, k_BLGA, v_BLGA, mask: AttentionMask, sinks_H)
         query_positions_BL=TOKENS,
         query_segments_BL=TOKENS,
         key_segments_BS=PartitionSpec(BATCH_AXES, None),
-        window=None if mask.window is None else PartitionSpec(),
+        window=None if mask.window is None else TOKENS,
     )
     sinks = None if sinks_H is None else PartitionSpec("tensor")
     sharded = jax.shard_map(
-        attend_plainly, in_specs=(queries, keys, keys, mask_specs, sinks), out_specs=queries
+        functools.partial(attend_plainly, score_cap=score_cap),
+        in_specs=(queries, keys, keys, mask_specs, sinks),
+        out_specs=queries,
     )
-    return sharded(q_BLHA, k_BLGA, v_BLGA, mask.with_positions(batch, length), sinks_H)
+    return sharded(q_BLHA, k_BLGA, v_BLGA, mask.by_query(batch, length), sinks_H)
 
 
 def _pad_positions(x_BLX: jax.Array, missing: int) -> jax.Array:

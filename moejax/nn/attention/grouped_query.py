@@ -1,7 +1,5 @@
 """Grouped-query attention with rotary positions, in packed rows or with a cache."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,18 +9,14 @@ from moejax.config import AttentionConfig
 from moejax.kernels.matmul import dense
 from moejax.nn.attention.attend import attend
 from moejax.nn.attention.cache import KVCache
+from moejax.nn.attention.layer_options import LayerOptions, make_constants, read_constants
+from moejax.nn.attention.qk_norm import make_qk_norms, norm_unweighted, norm_whole
 from moejax.nn.attention.scores import rotary_score_factor, scale_queries
+from moejax.nn.attention.temperature import grow_with_position
 from moejax.nn.mask import AttentionMask
-from moejax.nn.norms import MakeNorm, Norm
+from moejax.nn.norms import MakeNorm
 from moejax.nn.positions import rotate_by_config
 from moejax.sharding import gather_fsdp
-
-
-class LayerConstant(nnx.Variable):
-    """A number that layers of one kind do not share, and that the configuration gives them.
-
-    It has no gradient. As an array it passes through a scan over layers.
-    """
 
 
 class Attention(nnx.Module):
@@ -33,10 +27,12 @@ class Attention(nnx.Module):
       width: of the residual stream, D.
       dtype: the compute dtype.
       make_norm: makes the norms of queries and keys.
+      norm_epsilon: of norms without weights.
       rngs: for the parameters.
 
     Source: Ainslie et al. 2023. Options: biases as in Qwen2 and gpt-oss, a norm of each head as in
-    Qwen3, one of the whole vector and the limit as in OLMoE.
+    Qwen3, one of the whole vector and the limit as in OLMoE, one without weights, chunks, layers
+    without positions and their temperature as in Llama 4.
     """
 
     def __init__(
@@ -46,6 +42,7 @@ class Attention(nnx.Module):
         dtype: jnp.dtype,
         *,
         make_norm: MakeNorm,
+        norm_epsilon: float,
         rngs: nnx.Rngs,
     ):
         heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -66,17 +63,14 @@ class Attention(nnx.Module):
             self.value_bias = nnx.Param(jnp.zeros((kv_heads, head)), axes=("kv_heads", "head"))
         if config.out_bias:
             self.out_bias = nnx.Param(jnp.zeros(width), axes=("norm",))
-        if config.qk_norm == "head":
-            self.query_norm = make_norm(head)
-            self.key_norm = make_norm(head)
-        if config.qk_norm == "whole":
-            self.query_norm = make_norm(heads * head)
-            self.key_norm = make_norm(kv_heads * head)
+        if config.qk_norm in ("head", "whole"):
+            self.query_norm, self.key_norm = make_qk_norms(config, head, make_norm)
         if config.sinks:
             self.sinks = nnx.Param(jnp.zeros(heads), axes=("heads",))
-        if config.window:
-            self.window = LayerConstant(jnp.int32(config.window), axes=())
+        num_pairs = (config.rope_dim or head) // 2
+        self.constants = nnx.data(make_constants(config, num_pairs))
         self.config = config
+        self.norm_epsilon = norm_epsilon
         self.head_dim = head
         self.dtype = dtype
 
@@ -105,36 +99,31 @@ class Attention(nnx.Module):
         Returns:
           The output and the cache with the new keys and values.
         """
-        q_BLHA, k_BLGA, v_BLGA = self._project(x_BLD)
-        factor = rotary_score_factor(self.config, positions_BL, segments_BL)
-        q_BLHA = rotate_by_config(q_BLHA, positions_BL, self.config, factor)
-        q_BLHA = scale_queries(q_BLHA, self.config.score_factor)
-        k_BLGA = rotate_by_config(k_BLGA, positions_BL, self.config)
+        options = read_constants(self.constants)
+        q_BLHA, k_BLGA, v_BLGA = self._project(x_BLD, options)
+        q_BLHA, k_BLGA = self._with_positions(q_BLHA, k_BLGA, positions_BL, segments_BL, options)
         sinks_H = self.sinks[...] if self.config.sinks else None
         if cache is not None:
             cache = cache.with_positions(KVCache(k_BLGA, v_BLGA), positions_BL)
-            mask = self._within_window(AttentionMask.of_cache(positions_BL))
-            y_BLHA = attend(q_BLHA, cache.k_BSGA, cache.v_BSGA, mask, sinks_H)
+            k_BLGA, v_BLGA = cache.k_BSGA, cache.v_BSGA
+            mask = AttentionMask.of_cache(positions_BL)
         elif segments_BL is not None:
-            mask = self._within_window(AttentionMask.within_rows(segments_BL))
-            y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask, sinks_H)
+            mask = AttentionMask.within_rows(segments_BL)
         else:
             raise ValueError(
                 "attention within rows needs segments_BL, and attention to a cache needs cache; "
                 "give one"
             )
+        mask = mask.within(positions_BL, options.window, options.chunk)
+        y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask, sinks_H, self.config.score_cap)
         y_BLD = dense(y_BLHA, gather_fsdp(self.out, self.dtype), num_contracted=2)
         if self.config.out_bias:
             y_BLD += self.out_bias[...].astype(self.dtype)[None, None]
         return y_BLD, cache
 
-    def _within_window(self, mask: AttentionMask) -> AttentionMask:
-        """Returns the mask with the layer's window, if the model has any."""
-        if not self.config.window:
-            return mask
-        return dataclasses.replace(mask, window=self.window[...])
-
-    def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(
+        self, x_BLD: jax.Array, options: LayerOptions
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns queries, keys and values before positions are known."""
         q_BLHA = dense(x_BLD, gather_fsdp(self.query, self.dtype))
         k_BLGA = dense(x_BLD, gather_fsdp(self.key, self.dtype))
@@ -143,12 +132,8 @@ class Attention(nnx.Module):
             q_BLHA += self.query_bias[...].astype(self.dtype)[None, None]
             k_BLGA += self.key_bias[...].astype(self.dtype)[None, None]
             v_BLGA += self.value_bias[...].astype(self.dtype)[None, None]
-        if self.config.qk_norm == "head":
-            q_BLHA = self.query_norm(q_BLHA)
-            k_BLGA = self.key_norm(k_BLGA)
-        if self.config.qk_norm == "whole":
-            q_BLHA = _norm_whole(self.query_norm, q_BLHA)
-            k_BLGA = _norm_whole(self.key_norm, k_BLGA)
+        if not self.config.qk_norm_after_rope:
+            q_BLHA, k_BLGA = self._normalize(q_BLHA, k_BLGA, options)
         if self.config.clip_qkv:
             limit = self.config.clip_qkv
             q_BLHA = jnp.clip(q_BLHA, -limit, limit)
@@ -156,9 +141,34 @@ class Attention(nnx.Module):
             v_BLGA = jnp.clip(v_BLGA, -limit, limit)
         return q_BLHA, k_BLGA, v_BLGA
 
+    def _normalize(
+        self, q_BLHA: jax.Array, k_BLGA: jax.Array, options: LayerOptions
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns queries and keys with the model's norm, if it has one."""
+        kind = self.config.qk_norm
+        if kind == "head":
+            return self.query_norm(q_BLHA), self.key_norm(k_BLGA)
+        if kind == "whole":
+            return norm_whole(self.query_norm, q_BLHA), norm_whole(self.key_norm, k_BLGA)
+        if kind == "unweighted":
+            q_BLHA = norm_unweighted(q_BLHA, self.config, self.norm_epsilon, options)
+            k_BLGA = norm_unweighted(k_BLGA, self.config, self.norm_epsilon, options)
+        return q_BLHA, k_BLGA
 
-def _norm_whole(norm: Norm, x_BLHA: jax.Array) -> jax.Array:
-    """Normalises all heads of a position as one vector."""
-    batch, length, heads, head = x_BLHA.shape
-    normed_BLX = norm(x_BLHA.reshape(batch, length, heads * head))
-    return normed_BLX.reshape(x_BLHA.shape)
+    def _with_positions(
+        self,
+        q_BLHA: jax.Array,
+        k_BLGA: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array | None,
+        options: LayerOptions,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns queries and keys that know their positions."""
+        factor = rotary_score_factor(self.config, positions_BL, segments_BL)
+        q_BLHA = rotate_by_config(q_BLHA, positions_BL, self.config, options, factor)
+        k_BLGA = rotate_by_config(k_BLGA, positions_BL, self.config, options)
+        if self.config.qk_norm_after_rope:
+            q_BLHA, k_BLGA = self._normalize(q_BLHA, k_BLGA, options)
+        if self.config.temperature and options.has_rope is not None:
+            q_BLHA = grow_with_position(q_BLHA, positions_BL, self.config, options.has_rope)
+        return scale_queries(q_BLHA, self.config.score_factor), k_BLGA

@@ -108,7 +108,7 @@ class LatentAttention(nnx.Module):
             x_BLD = self.query_norm(dense(x_BLD, gather_fsdp(self.query_down, self.dtype)))
         q_BLHA = dense(x_BLD, gather_fsdp(self.query, self.dtype))
         plain_BLHA, turned_BLHA = jnp.split(q_BLHA, [config.d_nope], axis=-1)
-        turned_BLHA = rotate_by_config(turned_BLHA, positions_BL, config, factor)
+        turned_BLHA = rotate_by_config(turned_BLHA, positions_BL, config, factor=factor)
         q_BLHA = jnp.concatenate([plain_BLHA, turned_BLHA], axis=-1)
         return scale_queries(q_BLHA, config.score_factor * self.query_scale)
 

@@ -152,7 +152,7 @@ class RoutedAttention(nnx.Module):
         q_BLKGA = jnp.take_along_axis(q_BLEGA, experts_BLK[..., None, None], axis=2)
         factor = rotary_score_factor(config, positions_BL, segments_BL)
         q_BLHA = q_BLKGA.reshape(*x_BLD.shape[:2], -1, self.head_dim)
-        q_BLHA = rotate_by_config(q_BLHA, positions_BL, config, factor)
+        q_BLHA = rotate_by_config(q_BLHA, positions_BL, config, factor=factor)
         return scale_queries(q_BLHA, config.score_factor).reshape(q_BLKGA.shape)
 
     def _keys_and_mask(

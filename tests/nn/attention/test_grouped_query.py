@@ -17,6 +17,7 @@ from moejax.nn.attention.grouped_query import Attention
 from moejax.nn.mask import AttentionMask
 from moejax.nn.norms import make_norm
 from moejax.nn.positions import rotate
+from moejax.nn.rope_scaling import rope_frequencies
 
 B, L, WIDTH, HEADS = 2, 6, 16, 4
 HEAD = WIDTH // HEADS
@@ -24,7 +25,8 @@ THETA = 100.0
 EPSILON = 1e-4
 make_qk_norm = functools.partial(make_norm, "rms", epsilon=EPSILON)
 
-turn = jax.jit(functools.partial(rotate, theta=THETA))
+PLAIN = rope_frequencies(AttentionConfig(rope_theta=THETA), HEAD // 2)
+turn = jax.jit(functools.partial(rotate, frequency_a=PLAIN))
 
 
 def frequencies(config):
@@ -100,7 +102,14 @@ def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, opti
 
     def make():
         rngs = nnx.Rngs(params=0)
-        return Attention(config, width, jnp.dtype("float32"), make_norm=make_qk_norm, rngs=rngs)
+        return Attention(
+            config,
+            width,
+            jnp.dtype("float32"),
+            make_norm=make_qk_norm,
+            norm_epsilon=EPSILON,
+            rngs=rngs,
+        )
 
     graphdef, abstract, constants = nnx.split(make(), nnx.Param, ...)
     rng = np.random.default_rng(kv_heads)
