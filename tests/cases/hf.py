@@ -5,12 +5,19 @@ They were made with transformers 5.23.0 and torch 2.13.0, in float32 and with ra
 """
 
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
 
 FOLDER = Path(__file__).parents[1] / "data" / "hf"
 FAMILIES = sorted(path.name for path in FOLDER.iterdir())
+"""Names of folders, of which some are further models of a family."""
+
+
+def model_type(family):
+    """Returns what `config.json` calls the family of a folder."""
+    return json.loads((FOLDER / family / "config.json").read_text())["model_type"]
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.interop.hf.keys import Leaves, Mapped, first_of
+from moejax.interop.hf.llama import QKV_BIAS
 from moejax.interop.hf.tensors import Tensor
 
 
@@ -19,9 +20,7 @@ def _write(leaves: Leaves) -> dict[str, Any]:
 ATTENTION_BIAS = Mapped(("attention_bias",), _read, _write)
 
 BIASES = (
-    Tensor("self_attn.q_proj.bias", "(H A)", "mixer/query_bias", "H A", "mixer/query_bias"),
-    Tensor("self_attn.k_proj.bias", "(G A)", "mixer/key_bias", "G A", "mixer/key_bias"),
-    Tensor("self_attn.v_proj.bias", "(G A)", "mixer/value_bias", "G A", "mixer/value_bias"),
-    Tensor("self_attn.o_proj.bias", "D", "mixer/out_bias", "D", "mixer/out_bias"),
+    *QKV_BIAS,
+    Tensor("self_attn.o_proj.bias", "D", "mixer/out_bias", "D", only_with="mixer/out_bias"),
 )
 """Their tensors, which a model without biases lacks."""

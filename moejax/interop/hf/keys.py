@@ -194,14 +194,17 @@ def first_of(published: Mapping[str, Any], keys: Sequence[str], default: Any = R
 def with_older_spelling(published: Mapping[str, Any]) -> dict[str, Any]:
     """Returns keys with the rotary embedding as older files spell it.
 
-    Newer ones have `rope_parameters` in place of `rope_theta` and `rope_scaling`.
+    Newer ones have `rope_parameters` in place of `rope_theta`, `partial_rotary_factor` and
+    `rope_scaling`.
     """
     keys = dict(published)
     rope = keys.pop("rope_parameters", None)
     if rope is None:
         return keys
     rope = dict(rope)
-    keys["rope_theta"] = rope.pop("rope_theta", None)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            keys[name] = rope.pop(name)
     is_plain = rope.get("rope_type", "default") == "default" and len(rope) <= 1
     keys["rope_scaling"] = None if is_plain else rope
     return keys

@@ -1,19 +1,31 @@
 """What most families share with Llama: names of tensors, and keys of `config.json`."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.keys import Always, Entry, Fixed, Key, Leaves, Mapped, first_of
 from moejax.interop.hf.rope import ROPE_SCALING
-from moejax.interop.hf.tensors import Tensor
+from moejax.interop.hf.tensors import Tensor, only_with
 
 
-def _read_head(published: Mapping[str, Any]) -> Leaves:
+def head_width(published: Mapping[str, Any], default: int = 0) -> int:
+    """Returns the width of a head.
+
+    Args:
+      published: the content of `config.json`.
+      default: where it is not given; 0: what the width of the model leaves for each head.
+    """
     width = first_of(published, ("hidden_size",))
     heads = first_of(published, ("num_attention_heads",))
-    head = first_of(published, ("head_dim",), width // heads)
+    return first_of(published, ("head_dim",), default or width // heads)
+
+
+def _read_heads(default: int, published: Mapping[str, Any]) -> Leaves:
+    width = first_of(published, ("hidden_size",))
+    heads = first_of(published, ("num_attention_heads",))
     kv_heads = first_of(published, ("num_key_value_heads",), heads)
+    head = head_width(published, default)
     is_derived = head * heads == width
     return {
         "attention.num_heads": heads,
@@ -22,7 +34,7 @@ def _read_head(published: Mapping[str, Any]) -> Leaves:
     }
 
 
-def _write_head(leaves: Leaves) -> dict[str, Any]:
+def _write_heads(leaves: Leaves) -> dict[str, Any]:
     heads = leaves["attention.num_heads"]
     return {
         "num_attention_heads": heads,
@@ -38,36 +50,28 @@ BASE: tuple[Entry, ...] = (
     Key("rms_norm_eps", "model.norm_epsilon"),
     Key("tie_word_embeddings", "model.tied_embeddings", default=False),
     Fixed("hidden_act", "silu"),
-    ROPE_SCALING,
     Always("model.embedding_multiplier", 1.0),
 )
-"""Keys of a decoder with SwiGLU, but for its heads."""
-
-DECODER: tuple[Entry, ...] = (
-    *BASE,
-    Mapped(("num_attention_heads", "num_key_value_heads", "head_dim"), _read_head, _write_head),
-)
-"""Keys of a decoder with grouped-query attention and SwiGLU."""
+"""Keys of a decoder with SwiGLU, but for its heads and their positions."""
 
 
-def _refuse_windows(published: Mapping[str, Any]) -> Leaves:
-    """Raises `HfError` for attention that sees a window; a width alone turns none on."""
-    kinds = set(first_of(published, ("layer_types",), [])) - {"full_attention"}
-    if kinds:
-        raise HfError(f"layer_types has {sorted(kinds)[0]}, which is not implemented")
-    is_on = first_of(published, ("use_sliding_window",), True)
-    width = first_of(published, ("sliding_window",), 0)
-    if is_on and width:
-        raise HfError(f"sliding_window={width} is not implemented; only full attention is")
-    return {}
+def heads(default: int = 0) -> Entry:
+    """Returns the keys of heads; `default` is their width where files lack it, see `head_width`."""
+    keys = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    return Mapped(keys, functools.partial(_read_heads, default), _write_heads)
 
 
-NO_WINDOW = Mapped(
-    ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-    _refuse_windows,
-    lambda leaves: {"sliding_window": None},
-)
-"""Keys of a window of attention, which must be off."""
+def decoder(head_dim: int = 0) -> tuple[Entry, ...]:
+    """Returns the keys of a decoder with grouped-query attention and SwiGLU.
+
+    Args:
+      head_dim: where files lack it; 0: what the width of the model leaves for each head.
+    """
+    return (*BASE, heads(head_dim), ROPE_SCALING)
+
+
+DECODER = decoder()
+"""Keys of a decoder whose heads share the width of the model."""
 
 
 def experts_per_token(renormalize: Entry, num_experts: str, *aliases: str) -> tuple[Entry, ...]:
@@ -113,10 +117,11 @@ ATTENTION = (
 )
 
 QKV_BIAS = (
-    Tensor("self_attn.q_proj.bias", "(H A)", "mixer/query_bias", "H A"),
-    Tensor("self_attn.k_proj.bias", "(G A)", "mixer/key_bias", "G A"),
-    Tensor("self_attn.v_proj.bias", "(G A)", "mixer/value_bias", "G A"),
+    Tensor("self_attn.q_proj.bias", "(H A)", "mixer/query_bias", "H A", "mixer/query_bias"),
+    Tensor("self_attn.k_proj.bias", "(G A)", "mixer/key_bias", "G A", "mixer/key_bias"),
+    Tensor("self_attn.v_proj.bias", "(G A)", "mixer/value_bias", "G A", "mixer/value_bias"),
 )
+"""Biases, which a model without them lacks."""
 
 QK_NORM = (
     Tensor("self_attn.q_norm.weight", "A", "mixer/query_norm/scale", "A"),
@@ -131,17 +136,18 @@ WHOLE_QK_NORM = (
 
 
 def feed_forward(theirs: str, ours: str) -> tuple[Tensor, ...]:
-    """Returns the tensors of a SwiGLU network by the names of Llama.
+    """Returns the tensors of a SwiGLU network by the names of Llama, if the model has it.
 
     Args:
       theirs: its name, such as `mlp`.
       ours: its path, such as `ffn/shared`.
     """
-    return (
+    tensors = (
         Tensor(f"{theirs}.gate_proj.weight", "F D", f"{ours}/gate_up", "D 0 F"),
         Tensor(f"{theirs}.up_proj.weight", "F D", f"{ours}/gate_up", "D 1 F"),
         Tensor(f"{theirs}.down_proj.weight", "D F", f"{ours}/down", "F D"),
     )
+    return only_with(f"{ours}/down", tensors)
 
 
 def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Tensor, ...]:

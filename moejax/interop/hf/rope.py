@@ -1,50 +1,91 @@
-"""The keys of rotary positions that are made for longer texts."""
+"""The keys of rotary positions: how many dimensions turn, and how fast in longer texts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.keys import Leaves, Mapped, first_of
 
-KNOWN = {
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "factor",
-    "mscale",
-    "mscale_all_dim",
-    "original_max_position_embeddings",
-    "rope_type",
-    "truncate",
-    "type",
+KINDS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {
+        "factor",
+        "high_freq_factor",
+        "low_freq_factor",
+        "original_max_position_embeddings",
+    },
+    "yarn": {
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "factor",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "truncate",
+    },
 }
+"""What `rope_scaling` holds in addition to its kind, by kind."""
+
+
+def kind_of(scaling: Mapping[str, Any]) -> str:
+    """Returns the kind of a `rope_scaling`, which is spelled in two ways."""
+    return first_of(scaling, ("rope_type", "type"), "default")
 
 
 def _read(published: Mapping[str, Any]) -> Leaves:
-    scaling = published.get("rope_scaling")
-    if scaling is None:
-        return {"attention.rope_scaling": "none"}
-    unknown = sorted(scaling.keys() - KNOWN)
+    scaling = published.get("rope_scaling") or {}
+    kind = kind_of(scaling)
+    if kind not in KINDS:
+        raise HfError(
+            f"rope_scaling has rope_type={kind}, which is not implemented; {', '.join(KINDS)} are"
+        )
+    unknown = sorted(scaling.keys() - KINDS[kind] - {"rope_type", "type"})
     if unknown:
-        raise HfError(f"rope_scaling has {unknown[0]}, which is not implemented")
-    kind = first_of(scaling, ("rope_type", "type"), "default")
+        raise HfError(f"rope_scaling has {unknown[0]}, which is not implemented for {kind}")
     if kind == "default":
         return {"attention.rope_scaling": "none"}
-    if kind != "yarn":
-        raise HfError(f"rope_scaling has rope_type={kind}, which is not implemented; yarn is")
-    length = first_of(published, ("max_position_embeddings",), 0)
-    return {
-        "attention.rope_scaling": "yarn",
+    leaves = {
+        "attention.rope_scaling": kind,
         "attention.rope_factor": float(first_of(scaling, ("factor",))),
-        "attention.rope_original_length": first_of(
+    }
+    if kind != "linear":
+        length = first_of(published, ("max_position_embeddings",), 0)
+        leaves["attention.rope_original_length"] = first_of(
             scaling, ("original_max_position_embeddings",), length
-        ),
+        )
+    return leaves | READ_RAMP[kind](scaling)
+
+
+def _read_no_ramp(scaling: Mapping[str, Any]) -> Leaves:
+    del scaling
+    return {}
+
+
+def _read_llama3(scaling: Mapping[str, Any]) -> Leaves:
+    return {
+        "attention.rope_beta_fast": float(first_of(scaling, ("high_freq_factor",))),
+        "attention.rope_beta_slow": float(first_of(scaling, ("low_freq_factor",))),
+    }
+
+
+def _read_yarn(scaling: Mapping[str, Any]) -> Leaves:
+    return {
         "attention.rope_beta_fast": float(first_of(scaling, ("beta_fast",), 32.0)),
         "attention.rope_beta_slow": float(first_of(scaling, ("beta_slow",), 1.0)),
         "attention.rope_truncate": first_of(scaling, ("truncate",), True),
         "attention.rope_magnitude": _magnitude(scaling),
     }
+
+
+READ_RAMP: dict[str, Callable[[Mapping[str, Any]], Leaves]] = {
+    "linear": _read_no_ramp,
+    "llama3": _read_llama3,
+    "yarn": _read_yarn,
+}
+"""How the leaves that only some kinds have are read."""
 
 
 def _magnitude(scaling: Mapping[str, Any]) -> float:
@@ -61,11 +102,30 @@ def _magnitude(scaling: Mapping[str, Any]) -> float:
 
 def write_scaling(leaves: Leaves) -> dict[str, Any]:
     """Returns the key that the leaves are published as."""
-    if leaves["attention.rope_scaling"] == "none":
+    kind = leaves["attention.rope_scaling"]
+    if kind == "none":
         return {"rope_scaling": None}
+    if kind not in WRITE_RAMP:
+        raise HfError(f"attention.rope_scaling={kind} has no key in this family")
+    scaling = {"rope_type": kind, "factor": leaves["attention.rope_factor"]}
+    return {"rope_scaling": scaling | WRITE_RAMP[kind](leaves)}
+
+
+def _write_no_ramp(leaves: Leaves) -> dict[str, Any]:
+    del leaves
+    return {}
+
+
+def _write_llama3(leaves: Leaves) -> dict[str, Any]:
+    return {
+        "original_max_position_embeddings": leaves["attention.rope_original_length"],
+        "high_freq_factor": leaves["attention.rope_beta_fast"],
+        "low_freq_factor": leaves["attention.rope_beta_slow"],
+    }
+
+
+def _write_yarn(leaves: Leaves) -> dict[str, Any]:
     scaling = {
-        "rope_type": "yarn",
-        "factor": leaves["attention.rope_factor"],
         "original_max_position_embeddings": leaves["attention.rope_original_length"],
         "beta_fast": leaves["attention.rope_beta_fast"],
         "beta_slow": leaves["attention.rope_beta_slow"],
@@ -73,8 +133,34 @@ def write_scaling(leaves: Leaves) -> dict[str, Any]:
     }
     if leaves["attention.rope_magnitude"]:
         scaling["attention_factor"] = leaves["attention.rope_magnitude"]
-    return {"rope_scaling": scaling}
+    return scaling
 
+
+WRITE_RAMP: dict[str, Callable[[Leaves], dict[str, Any]]] = {
+    "linear": _write_no_ramp,
+    "llama3": _write_llama3,
+    "yarn": _write_yarn,
+}
+"""How they are written."""
 
 ROPE_SCALING = Mapped(("rope_scaling",), _read, write_scaling)
 """Read from either spelling, see `keys.with_older_spelling`."""
+
+
+def rotated_part(head: int, fraction: float) -> int:
+    """Returns `attention.rope_dim` where a fraction of each head is rotated.
+
+    Args:
+      head: width of a head.
+      fraction: of its dimensions.
+
+    Raises:
+      HfError: a fraction that leaves no pair of dimensions.
+    """
+    num_rotated = int(head * fraction)
+    if not 2 <= num_rotated <= head:
+        raise HfError(
+            f"partial_rotary_factor={fraction} rotates {num_rotated} of the {head} dimensions of "
+            f"a head; it must be 2 to {head} of them"
+        )
+    return 0 if num_rotated == head else num_rotated

@@ -78,7 +78,7 @@ def test_files_with_an_index_are_the_same_model(folder):
         ("hidden_size", 60, "model.embed_tokens.weight has shape"),
         ("num_hidden_layers", 2, "no place for: model.layers.2"),
         ("hidden_act", "gelu", "hidden_act='gelu' is not implemented"),
-        ("sliding_window", 64, "sliding_window=64 is not implemented"),
+        ("sliding_window", -3, "attention.window=-3"),
         ("attention_sink", True, "has attention_sink=True, which is not implemented"),
         ("num_experts_per_tok", 9, "moe.top_k=9"),
         ("rms_norm_eps", "small", "model.norm_epsilon='small'"),
@@ -88,7 +88,7 @@ def test_files_with_an_index_are_the_same_model(folder):
         (
             "rope_parameters",
             {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-            "rope_scaling has partial_rotary_factor, which is not implemented",
+            "has partial_rotary_factor=0.5, which is not implemented",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from cases.hf import FAMILIES, FOLDER
+from cases.hf import FAMILIES, FOLDER, model_type
 from cases.training import small_config
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.load import load_model, read_config
@@ -21,7 +21,7 @@ of_each = pytest.mark.parametrize("family", FAMILIES)
 @of_each
 def test_a_model_that_is_written_has_every_tensor_bit_for_bit(family, tmp_path):
     model = load_model(FOLDER / family)
-    save_model(model, tmp_path / "out", family)
+    save_model(model, tmp_path / "out", model_type(family))
     found = load_file(tmp_path / "out" / "model.safetensors")
     expected = load_file(FOLDER / family / "model.safetensors")
     assert found.keys() == expected.keys()
@@ -30,7 +30,7 @@ def test_a_model_that_is_written_has_every_tensor_bit_for_bit(family, tmp_path):
         assert found[name].dtype == tensor.dtype
     assert read_config(tmp_path / "out")[0] == read_config(FOLDER / family)[0]
     with pytest.raises(HfError, match=r"holds config\.json; name a folder without a model"):
-        save_model(model, tmp_path / "out", family)
+        save_model(model, tmp_path / "out", model_type(family))
 
 
 @of_each

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.family import Family
 from moejax.interop.hf.keys import Always, Fixed, Key, Leaves, Mapped, first_of
 from moejax.interop.hf.llama import (
@@ -14,38 +13,13 @@ from moejax.interop.hf.llama import (
     QKV_BIAS,
     experts_per_token,
 )
+from moejax.interop.hf.shared.windows import Windows, on_every_other_layer
 from moejax.interop.hf.tensors import Tensor
-
-THEIR_KINDS = {"sliding_attention": "window", "full_attention": "full"}
 
 
 def _read_bias(published: Mapping[str, Any]) -> Leaves:
     has_bias = first_of(published, ("attention_bias",), True)
     return {"attention.qkv_bias": has_bias, "attention.out_bias": has_bias}
-
-
-def _read_windows(published: Mapping[str, Any]) -> Leaves:
-    """Returns the kinds of the layers; by default every other one has the window."""
-    num_layers = first_of(published, ("num_hidden_layers",))
-    alternating = ["sliding_attention", "full_attention"] * num_layers
-    kinds = first_of(published, ("layer_types",), alternating[:num_layers])
-    unknown = set(kinds) - THEIR_KINDS.keys()
-    if unknown or len(kinds) != num_layers:
-        raise HfError(f"layer_types={kinds} must name sliding_attention or full_attention by layer")
-    return {
-        "attention.window": first_of(published, ("sliding_window",), 128),
-        "attention.window_layers": ", ".join(THEIR_KINDS[kind] for kind in kinds),
-    }
-
-
-def _write_windows(leaves: Leaves) -> dict[str, Any]:
-    names = {ours: theirs for theirs, ours in THEIR_KINDS.items()}
-    listed = leaves["attention.window_layers"].split(",")
-    kinds = []
-    for layer in range(leaves["model.num_layers"]):
-        ours = listed[layer % len(listed)].strip()
-        kinds.append(names[ours])
-    return {"sliding_window": leaves["attention.window"], "layer_types": kinds}
 
 
 FAMILY = Family(
@@ -61,7 +35,12 @@ FAMILY = Family(
             _read_bias,
             lambda leaves: {"attention_bias": leaves["attention.qkv_bias"]},
         ),
-        Mapped(("layer_types", "sliding_window"), _read_windows, _write_windows),
+        Windows(
+            on_every_other_layer,
+            width=128,
+            max_window_layers=10_000,
+            chooses_layers=True,
+        ),
         Fixed("swiglu_alpha", 1.702),
         Key("swiglu_limit", "moe.activation_limit", default=7.0),
         Always("attention.sinks", True),

@@ -8,6 +8,7 @@ from moejax.interop.hf.family import Family
 from moejax.interop.hf.granite import fused_feed_forward
 from moejax.interop.hf.keys import Always, Fixed, Key, Leaves, Mapped, first_of, without
 from moejax.interop.hf.llama import BASE, NORMS, OUTER, experts_per_token
+from moejax.interop.hf.rope import ROPE_SCALING
 from moejax.interop.hf.tensors import Tensor
 
 LAYER_EPSILON = 1e-6
@@ -64,6 +65,7 @@ FAMILY = Family(
     architecture="JetMoeForCausalLM",
     keys=(
         *without(BASE, "rms_norm_eps", "tie_word_embeddings", "hidden_act"),
+        ROPE_SCALING,
         *without(
             experts_per_token(Always("moe.renormalize", True), "num_local_experts"),
             "router_aux_loss_coef",

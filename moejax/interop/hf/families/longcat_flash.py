@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.interop.hf.families.deepseek_v3 import EQUAL_HEADS, SCORE_FACTOR
 from moejax.interop.hf.family import Family
 from moejax.interop.hf.keys import Always, Fixed, Ignored, Key, first_of, without
 from moejax.interop.hf.llama import BASE, MLP_EXPERTS, OUTER, feed_forward
+from moejax.interop.hf.rope import ROPE_SCALING
+from moejax.interop.hf.shared.latent_attention import EQUAL_HEADS, SCORE_FACTOR
 from moejax.interop.hf.tensors import Tensor
 
 EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
@@ -49,6 +50,7 @@ FAMILY = Family(
     keys=(
         *without(BASE, "num_hidden_layers"),
         EQUAL_HEADS,
+        ROPE_SCALING,
         SCORE_FACTOR,
         Key("num_layers", "model.num_layers"),
         Key("ffn_hidden_size", "model.d_ff", aliases=("intermediate_size",)),

@@ -1,7 +1,8 @@
 """OLMoE (Muennighoff et al. 2024)."""
 
+from moejax.interop.hf.attention_bias import ATTENTION_BIAS, BIASES
 from moejax.interop.hf.family import Family
-from moejax.interop.hf.keys import Always, Fixed, Key
+from moejax.interop.hf.keys import Always, Key
 from moejax.interop.hf.llama import (
     ATTENTION,
     DECODER,
@@ -23,10 +24,10 @@ FAMILY = Family(
         Key("rope_theta", "attention.rope_theta", default=1e4),
         Key("clip_qkv", "attention.clip_qkv", default=0.0),
         Always("attention.qk_norm", "whole"),
-        Fixed("attention_bias", False),
+        ATTENTION_BIAS,
     ),
     outer=OUTER,
-    layer=(*NORMS, *ATTENTION, *WHOLE_QK_NORM),
+    layer=(*NORMS, *ATTENTION, *BIASES, *WHOLE_QK_NORM),
     dense=(),
     moe=(*MLP_ROUTER, *MLP_EXPERTS),
 )

@@ -5,12 +5,12 @@ from moejax.interop.hf.keys import Always, Fixed, Key
 from moejax.interop.hf.llama import (
     ATTENTION,
     DECODER,
-    NO_WINDOW,
     NORMS,
     OUTER,
     experts,
     experts_per_token,
 )
+from moejax.interop.hf.shared.windows import Windows
 from moejax.interop.hf.tensors import Tensor
 
 FAMILY = Family(
@@ -18,7 +18,7 @@ FAMILY = Family(
     architecture="MixtralForCausalLM",
     keys=(
         *DECODER,
-        NO_WINDOW,
+        Windows(),
         *experts_per_token(Always("moe.renormalize", True), "num_local_experts", "num_experts"),
         Key("intermediate_size", "moe.d_expert"),
         Key("rope_theta", "attention.rope_theta", default=1e6),

@@ -7,14 +7,14 @@ from moejax.interop.hf.llama import (
     DECODER,
     MLP_EXPERTS,
     MLP_ROUTER,
-    NO_WINDOW,
     NORMS,
     OUTER,
     QKV_BIAS,
     SOFTMAX_ROUTER,
     feed_forward,
 )
-from moejax.interop.hf.sparse_steps import SPARSE_STEPS
+from moejax.interop.hf.shared.sparse_layers import SPARSE_STEPS
+from moejax.interop.hf.shared.windows import Windows, on_every_other_layer
 from moejax.interop.hf.tensors import Tensor
 
 FAMILY = Family(
@@ -22,7 +22,13 @@ FAMILY = Family(
     architecture="Qwen2MoeForCausalLM",
     keys=(
         *DECODER,
-        NO_WINDOW,
+        Windows(
+            on_every_other_layer,
+            width=4096,
+            has_switch=True,
+            max_window_layers=28,
+            chooses_layers=True,
+        ),
         *SOFTMAX_ROUTER,
         SPARSE_STEPS,
         Key("intermediate_size", "model.d_ff"),
