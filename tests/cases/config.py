@@ -57,6 +57,7 @@ SPECIMENS = {
     "model.logits_cap": (30.0, {}),
     "model.final_norm_epsilon": (1e-3, {}),
     "moe.d_shared": (24, {"moe.num_shared_experts": 1}),
+    "moe.renormalize_floor": (0.5, {}),
     "moe.top_k": (4, {}),
     "attention.num_kv_heads": (4, {}),
     "train.accumulation": (2, {}),

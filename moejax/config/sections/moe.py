@@ -166,6 +166,17 @@ class MoeConfig:
     renormalize: bool = leaf(
         True, "make the selected weights sum to 1, before route_scale", needs=CAN_RENORMALIZE
     )
+    renormalize_floor: float = leaf(
+        0.0,
+        "the least sum of selected scores that they are divided by",
+        at_least=0,
+        at_most=1,
+        needs=all_of(
+            CAN_RENORMALIZE,
+            value("moe.renormalize", True),
+            other_than("moe.score", "softmax_after"),
+        ),
+    )
     route_scale: float = leaf(
         1.0,
         "factor on the combine weights",

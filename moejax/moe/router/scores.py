@@ -69,17 +69,20 @@ def combine_weights(
     """Returns the combine weights of the selected experts.
 
     They are the scores, normalised or not, times `route_scale`. The selection bias is not in them:
-    it affects the choice only.
+    it affects the choice only. A sum below `renormalize_floor` is replaced by it (ERNIE 4.5).
 
     Args:
       log_scores_TE: from `log_scores`.
       experts_TK: selected experts; where an id is E the weight is 0, and the others share
         what there is.
-      config: for `score`, `renormalize` and `route_scale`.
+      config: for `score`, `renormalize`, `renormalize_floor` and `route_scale`.
     """
     taken_TK = log_weights(log_scores_TE, experts_TK)
     if config.renormalize or config.score == "uniform":
         weights_TK = jax.nn.softmax(taken_TK, axis=-1)
+        if config.renormalize_floor:
+            total_T1 = jnp.exp(taken_TK).sum(axis=-1, keepdims=True)
+            weights_TK *= jnp.minimum(total_T1 / config.renormalize_floor, 1.0)
     else:
         weights_TK = jnp.exp(taken_TK)
     is_expert_TK = experts_TK < log_scores_TE.shape[-1]

@@ -94,6 +94,21 @@ def test_a_scored_router_is_the_loop_over_tokens(
     check(routing, truth.route_scored(logits_TE, mask_T, scale=2.5, bias_E=bias_E, **how), mask_T)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_weights_are_divided_by_no_less_than_the_floor(score):
+    logits_TE, mask_T = draw(3)
+    if score == "sigmoid":
+        logits_TE -= 2.5  # sums of two scores are on both sides of the floor
+    how = {"score": score, "top_k": 2, "renormalize": True}
+    for floor in (0.6, 1e-12):
+        name = "softmax_topk" if score == "softmax" else "sigmoid_topk"
+        config = config_of(router=name, renormalize_floor=floor, **how)
+        routing = router(config)({"logits_TE": logits_TE, "mask_T": mask_T, "bias_E": None})
+        check(routing, truth.route_scored(logits_TE, mask_T, floor=floor, **how), mask_T)
+        sums_T = np.asarray(routing.weights_TK.sum(axis=1))[mask_T]
+        assert (sums_T < 0.999).any() == (floor == 0.6) and sums_T.max() > 0.999
+
+
 @pytest.mark.parametrize("group_score", ["top2_sum", "max"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 @settings(max_examples=8, deadline=None)

@@ -1,0 +1,21 @@
+"""ERNIE 4.5's router: softmax with a selection bias, two shared experts.
+
+  moejax train --config=configs/routers/ernie.py --workdir=runs/routers/ernie
+
+Weights are divided by their sum, which counts as `renormalize_floor` if it is less. Everything else
+is as in `softmax_topk.py`.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe."""
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.selection_bias = True
+    config.moe.renormalize_floor = 1e-12
+    config.moe.num_shared_experts = 2
+    return config
