@@ -102,6 +102,7 @@ class Attention(nnx.Module):
         options = read_constants(self.constants)
         q_BLHA, k_BLGA, v_BLGA = self._project(x_BLD, options)
         q_BLHA, k_BLGA = self._with_positions(q_BLHA, k_BLGA, positions_BL, segments_BL, options)
+        q_BLHA = self._scale(q_BLHA, positions_BL, segments_BL, options)
         sinks_H = self.sinks[...] if self.config.sinks else None
         if cache is not None:
             cache = cache.with_positions(KVCache(k_BLGA, v_BLGA), positions_BL)
@@ -169,6 +170,18 @@ class Attention(nnx.Module):
         k_BLGA = rotate_by_config(k_BLGA, positions_BL, self.config, options)
         if self.config.qk_norm_after_rope:
             q_BLHA, k_BLGA = self._normalize(q_BLHA, k_BLGA, options)
+        return q_BLHA, k_BLGA
+
+    def _scale(
+        self,
+        q_BLHA: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array | None,
+        options: LayerOptions,
+    ) -> jax.Array:
+        """Returns queries with the factors that their scores have."""
         if self.config.temperature and options.has_rope is not None:
-            q_BLHA = grow_with_position(q_BLHA, positions_BL, self.config, options.has_rope)
-        return scale_queries(q_BLHA, self.config.score_factor), k_BLGA
+            q_BLHA = grow_with_position(
+                q_BLHA, positions_BL, segments_BL, self.config, options.has_rope
+            )
+        return scale_queries(q_BLHA, self.config.score_factor)

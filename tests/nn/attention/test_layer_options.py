@@ -12,6 +12,7 @@ import oracle
 from moejax.config import AttentionConfig, ConfigError, resolve
 from moejax.nn.attention.grouped_query import Attention
 from moejax.nn.attention.layer_options import options_by_layer
+from moejax.nn.attention.temperature import grow_with_position
 from moejax.nn.mask import AttentionMask
 from moejax.nn.norms import make_norm
 
@@ -172,6 +173,22 @@ def test_attention_with_options_equals_the_loop_over_queries_and_keys(options):
     is_token_BL = SEGMENTS_BL > 0
     expected_BLD = expected_of(config, w, x_BLD)
     oracle.assert_close(found_BLD[is_token_BL], expected_BLD[is_token_BL], rtol=1e-5)
+
+
+def test_queries_grow_with_the_padding_before_them_and_chunks_do_not():
+    q_BLHA = jnp.ones((1, 6, 1, 2))
+    positions_BL, segments_BL = jnp.array([[0, 0, 0, 1, 2, 3]]), jnp.array([[0, 0, 1, 1, 1, 1]])
+    config = AttentionConfig(temperature=1.0, temperature_length=2)
+    grown = grow_with_position(q_BLHA, positions_BL, segments_BL, config, jnp.array(False))
+    expected = [1 + np.log(1 + (index + 1) // 2) for index in range(2, 6)]
+    np.testing.assert_allclose(grown[0, 2:, 0, 0], expected, rtol=1e-6)
+    mask = AttentionMask.within_rows(segments_BL).within(positions_BL, chunk=2)
+    assert mask.materialize(1, 6, 6)[0, 2:, 2:].astype(int).tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 1, 1],
+    ]
 
 
 def test_a_query_sees_its_chunk_up_to_itself_in_rows_and_in_a_cache():
