@@ -43,16 +43,25 @@ def _write_heads(leaves: Leaves) -> dict[str, Any]:
     }
 
 
-BASE: tuple[Entry, ...] = (
-    Key("vocab_size", "model.vocab_size"),
-    Key("hidden_size", "model.d_model"),
-    Key("num_hidden_layers", "model.num_layers"),
-    Key("rms_norm_eps", "model.norm_epsilon"),
-    Key("tie_word_embeddings", "model.tied_embeddings", default=False),
-    Fixed("hidden_act", "silu"),
-    Always("model.embedding_multiplier", 1.0),
-)
-"""Keys of a decoder with SwiGLU, but for its heads and their positions."""
+def base(*, tied_embeddings: bool = False) -> tuple[Entry, ...]:
+    """Returns the keys of a decoder with SwiGLU, but for its heads and their positions.
+
+    Args:
+      tied_embeddings: whether they are where files do not say so.
+    """
+    return (
+        Key("vocab_size", "model.vocab_size"),
+        Key("hidden_size", "model.d_model"),
+        Key("num_hidden_layers", "model.num_layers"),
+        Key("rms_norm_eps", "model.norm_epsilon"),
+        Key("tie_word_embeddings", "model.tied_embeddings", default=tied_embeddings),
+        Fixed("hidden_act", "silu"),
+        Always("model.embedding_multiplier", 1.0),
+    )
+
+
+BASE = base()
+"""Those of most families, whose embeddings are not tied."""
 
 
 def heads(default: int = 0) -> Entry:

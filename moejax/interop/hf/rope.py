@@ -35,7 +35,8 @@ def kind_of(scaling: Mapping[str, Any]) -> str:
     return first_of(scaling, ("rope_type", "type"), "default")
 
 
-def _read(published: Mapping[str, Any]) -> Leaves:
+def read_scaling(published: Mapping[str, Any]) -> Leaves:
+    """Returns the leaves of how frequencies are scaled; raises `HfError` for other kinds."""
     scaling = published.get("rope_scaling") or {}
     kind = kind_of(scaling)
     if kind not in KINDS:
@@ -143,24 +144,5 @@ WRITE_RAMP: dict[str, Callable[[Leaves], dict[str, Any]]] = {
 }
 """How they are written."""
 
-ROPE_SCALING = Mapped(("rope_scaling",), _read, write_scaling)
+ROPE_SCALING = Mapped(("rope_scaling",), read_scaling, write_scaling)
 """Read from either spelling, see `keys.with_older_spelling`."""
-
-
-def rotated_part(head: int, fraction: float) -> int:
-    """Returns `attention.rope_dim` where a fraction of each head is rotated.
-
-    Args:
-      head: width of a head.
-      fraction: of its dimensions.
-
-    Raises:
-      HfError: a fraction that leaves no pair of dimensions.
-    """
-    num_rotated = int(head * fraction)
-    if not 2 <= num_rotated <= head:
-        raise HfError(
-            f"partial_rotary_factor={fraction} rotates {num_rotated} of the {head} dimensions of "
-            f"a head; it must be 2 to {head} of them"
-        )
-    return 0 if num_rotated == head else num_rotated

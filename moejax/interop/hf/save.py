@@ -106,6 +106,7 @@ def published_keys(config: Config, family: Family) -> dict[str, Any]:
     values = {key: each.value(config) for key, each in declared().items()}
     values["model.vocab_size"] = config.vocab_size
     values["dense_layers"] = [n for n, kind in enumerate(config.layers) if kind is None]
+    values["top_k_by_layer"] = [kind.top_k for kind in config.layers if kind is not None]
     keys = {
         "architectures": [family.architecture],
         "model_type": family.model_type,

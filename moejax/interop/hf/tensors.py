@@ -85,6 +85,7 @@ class Tensor:
 
     def their_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Returns the shape of their tensor."""
+        sizes = {"1": 1, **sizes}
         shape = []
         for group in re.findall(r"\([^)]*\)|\S+", self.their_axes):
             names = group.strip("()").split()
