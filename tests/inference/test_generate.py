@@ -11,8 +11,9 @@ import oracle
 from cases.training import case_config, small_config
 from moejax.cli.verbs.generate import define
 from moejax.data.tokenizers import ByteTokenizer
-from moejax.inference.generate import CANDIDATES, HOTTEST, Sampling, generate, generate_text, sample
+from moejax.inference.generate import HOTTEST, generate, generate_text
 from moejax.inference.layered import LayeredDecoder
+from moejax.inference.sampling import CANDIDATES, Sampling, sample
 from moejax.models import Decoder
 
 
@@ -146,7 +147,7 @@ def test_the_seed_decides_the_samples(model):
 
 def test_a_finished_document_stays_finished(model):
     class Stops(ByteTokenizer):
-        eos_id = property(lambda self: self.stop)
+        end_ids = property(lambda self: (self.stop,))
 
     greedy = next(generate(model, ByteTokenizer(), ["q"], max_tokens=1, temperature=0.0))[0]
     tokenizer = Stops()

@@ -7,9 +7,10 @@ and end of document in both; `encode` never produces them. A released model's to
 special ids, and may normalise text.
 """
 
-from moejax.data.tokenizers.interface import SPACE_MARK, SPECIAL_PIECES, Tokenizer
+from moejax.data.tokenizers.interface import SPACE_MARK, SPECIAL_PIECES, Tokenizer, check_rows
 from moejax.data.tokenizers.learned import SentencePieceTokenizer, train_sentencepiece
 from moejax.data.tokenizers.load import load_tokenizer, open_tokenizer
+from moejax.data.tokenizers.released import ReleasedTokenizer
 from moejax.data.tokenizers.stream import TextStream, continuation
 from moejax.data.tokenizers.utf8 import ByteTokenizer
 
@@ -17,9 +18,11 @@ __all__ = [
     "SPACE_MARK",
     "SPECIAL_PIECES",
     "ByteTokenizer",
+    "ReleasedTokenizer",
     "SentencePieceTokenizer",
     "TextStream",
     "Tokenizer",
+    "check_rows",
     "continuation",
     "load_tokenizer",
     "open_tokenizer",

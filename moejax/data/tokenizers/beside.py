@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.data.errors import DataError, first_line, os_reason
+from moejax.paths import resolve_path
 
 SETTINGS_FILE = "tokenizer_config.json"
 NAMES_FILES = ("special_tokens_map.json", SETTINGS_FILE)  # the later one counts
@@ -86,6 +87,23 @@ def read_beside(folder: Path) -> Beside:
         is_legacy=settings.get("legacy") is not False,
         added=_added(folder, settings),
     )
+
+
+def locate(given: str | Path, name: str = "") -> Path:
+    """Returns the absolute path of a file, in the folder in which it was given.
+
+    Caches keep each file as a link in the folder of its model: what is beside the link counts.
+
+    Args:
+      given: as written; `~` stands for the home folder.
+      name: what it was given as, for errors.
+
+    Raises:
+      PathError: it can be no path of this machine.
+    """
+    resolve_path(given, name)  # only to refuse what is no path
+    path = Path(given).expanduser()
+    return resolve_path(path.parent, name) / path.name
 
 
 def read_bounded(path: Path) -> bytes:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from moejax.config import ConfigError
 from moejax.paths import replace_file
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -63,6 +64,21 @@ class Tokenizer(Protocol):
 
     def save(self, directory: str | Path) -> None:
         """Writes the files that `load_tokenizer` reads into `directory`, and creates it first."""
+
+
+def check_rows(tokenizer: Tokenizer, num_rows: int, shown: str) -> None:
+    """Raises `ConfigError` if a tokenizer has more ids than an embedding has rows.
+
+    Args:
+      tokenizer: of any kind.
+      num_rows: of the embedding, `model.vocab_size`.
+      shown: what to call the tokenizer, such as `data.tokenizer=FILE`.
+    """
+    if tokenizer.vocab_size > num_rows:
+        raise ConfigError(
+            f"{shown} has {tokenizer.vocab_size} ids, and the embedding only {num_rows} rows "
+            "(model.vocab_size); take the tokenizer of the same model, or more rows"
+        )
 
 
 BYTE_NAMES = {" ": SPACE_MARK, "\n": "\\n", "\r": "\\r", "\t": "\\t"}

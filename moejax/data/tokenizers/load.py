@@ -8,14 +8,13 @@ from typing import Any
 
 from moejax.data.errors import DataError, first_line
 from moejax.data.storage.regular_files import read_regular
-from moejax.data.tokenizers.beside import REMEDY, read_beside, read_bounded
+from moejax.data.tokenizers.beside import REMEDY, locate, read_beside, read_bounded
 from moejax.data.tokenizers.interface import DESCRIPTION_FILE, MODEL_FILE, Tokenizer
 from moejax.data.tokenizers.json_file import JsonTokenizer
 from moejax.data.tokenizers.learned import SentencePieceTokenizer
 from moejax.data.tokenizers.piece_file import PieceTokenizer
 from moejax.data.tokenizers.released import ReleasedTokenizer, Special
 from moejax.data.tokenizers.utf8 import ByteTokenizer
-from moejax.paths import resolve_path
 
 RELEASED: dict[str, Callable[[bytes, Special], ReleasedTokenizer]] = {
     JsonTokenizer.kind: JsonTokenizer,
@@ -34,7 +33,7 @@ def open_tokenizer(given: str | Path, name: str = "") -> ReleasedTokenizer:
     Raises:
       DataError, PathError: it is neither, or damaged, or does not say what ends a document.
     """
-    path = resolve_path(given, name)
+    path = locate(given, name)
     shown = f"{name}={path}" if name else str(path)
     content = read_bounded(path)
     beside = read_beside(path.parent)
