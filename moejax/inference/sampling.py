@@ -130,8 +130,7 @@ def _draw_from_ranks(
     probs_BR = jnp.exp(sorted_BR - log_total_B1)
     mass_BR = jnp.cumsum(probs_BR, axis=-1)
     mass_before_BR = mass_BR - probs_BR
-    # Rounded sums reach 1 before the last rank does.
-    is_below_BR = (mass_before_BR < sampling.top_p) | (sampling.top_p >= 1)
+    is_below_BR = mass_before_BR < sampling.top_p
     is_in_nucleus_BR = is_below_BR.at[:, 0].set(True)
     nucleus_BR = jnp.where(is_in_nucleus_BR, sorted_BR, -jnp.inf)
     rank_B = jax.vmap(jax.random.categorical)(keys_B, nucleus_BR)

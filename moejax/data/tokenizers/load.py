@@ -114,7 +114,7 @@ def _load_model(description_path: Path, description: Mapping[str, Any]) -> Token
 def _special(path: Path, description: Mapping[str, Any]) -> Special:
     try:
         return Special.from_dict(description["special"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         raise _load_error(path, "is corrupt: its special ids are none") from error
 
 
