@@ -106,24 +106,29 @@ def locate(given: str | Path, name: str = "") -> Path:
     return resolve_path(path.parent, name) / path.name
 
 
-def read_bounded(path: Path) -> bytes:
+def read_bounded(path: Path, shown: str = "") -> bytes:
     """Returns the content of a file that may be linked to, but is an ordinary one of a usual size.
+
+    Args:
+      path: of the file.
+      shown: what errors call it; its path by default.
 
     Raises:
       DataError: it is none.
     """
+    shown = shown or str(path)
     try:
         # O_NONBLOCK: opening a named pipe must not wait for its other end.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"{path} is no ordinary file; name one")
+                raise DataError(f"{shown} is no ordinary file; name one")
             content = file.read(LARGEST_FILE + 1)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {os_reason(error)}; name another file") from error
+        raise DataError(f"{shown} cannot be read: {os_reason(error)}; name another file") from error
     if len(content) > LARGEST_FILE:
-        raise DataError(f"{path} is larger than {LARGEST_FILE} bytes; name a tokenizer's file")
+        raise DataError(f"{shown} is larger than {LARGEST_FILE} bytes; name a tokenizer's file")
     return content
 
 

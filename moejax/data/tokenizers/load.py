@@ -35,7 +35,7 @@ def open_tokenizer(given: str | Path, name: str = "") -> ReleasedTokenizer:
     """
     path = locate(given, name)
     shown = f"{name}={path}" if name else str(path)
-    content = read_bounded(path)
+    content = read_bounded(path, shown)
     beside = read_beside(path.parent)
     try:
         if _is_json(content, shown):
