@@ -18,6 +18,7 @@ from moejax.training.evaluation import Evaluation
 from moejax.training.health.alarms import AlarmError
 from moejax.training.health.nonfinite import NonFiniteError
 from moejax.training.health.speed import median_speed
+from moejax.training.kept_tokenizer import kept_tokenizer
 from moejax.training.multihost.processes import broadcast_from_primary, is_first
 from moejax.training.run_directory.changes import log_changes
 from moejax.training.run_directory.files import RunFiles
@@ -27,7 +28,6 @@ from moejax.training.run_directory.layout import (
     write_run_directory,
 )
 from moejax.training.run_directory.metrics import Recorder
-from moejax.training.run_directory.tokenizer import kept_tokenizer
 from moejax.training.state import TrainSetup, TrainState
 from moejax.training.step import StepOutput
 
