@@ -97,7 +97,7 @@ ENDLESS = {
     "a power": "{{ 9 ** (9 ** 9) }}",
     "doubling": "{% set ns = namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}"
     "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "a large value": "{% set a = 'a' * 2 ** 31 %}done",
+    "a large value": "{% set a = 'a' * ((messages | length) * 2 ** 29) %}done",
     "a width": "{{ '%99999999999d' | format(1) }}",
     "much text": "{% for a in range(99999) %}{{ 'a' * 999 }}{% endfor %}",
     "itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
