@@ -55,6 +55,7 @@ def _is_json(content: bytes, shown: str) -> bool:
 
     Raises:
       DataError: it is the description of a run's tokenizer.
+      ValueError: it is other JSON.
     """
     if content.lstrip()[:1] != b"{":
         return False
@@ -62,11 +63,13 @@ def _is_json(content: bytes, shown: str) -> bool:
         found = json.loads(content)
     except (ValueError, RecursionError):
         return True  # the library says what is wrong
-    if isinstance(found, Mapping) and "kind" in found and "model" not in found:
+    if "model" in found:
+        return True
+    if "kind" in found:
         raise DataError(
             f"{shown} describes the tokenizer of a run; name a tokenizer.json of a released model"
         )
-    return True
+    raise ValueError("it is JSON without `model`")
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

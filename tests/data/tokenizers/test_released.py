@@ -243,7 +243,7 @@ BAD_FILES = {
     "nothing": (broken({"FILE": b""}), "can be read"),
     "noise": (broken({"FILE": os.urandom(500)}), "can be read"),
     "text": (broken({"FILE": "no tokenizer at all"}), "can be read"),
-    "other JSON": (broken({"FILE": '{"vocab": [1]}'}), "can be read"),
+    "other JSON": (broken({"FILE": '{"vocab": [1]}'}), "it is JSON without `model`"),
     "deep JSON": (broken({"FILE": "{" + '"a":{' * 100_000}), "can be read"),
     "half": (lambda path: path.write_bytes(path.read_bytes()[:700]), "can be read"),
     "no such file": (lambda path: path.unlink(), "No such file"),
