@@ -78,7 +78,7 @@ class JsonTokenizer(ReleasedTokenizer):
     def piece(self, id: int) -> str:
         """See `Tokenizer.piece`."""
         token = self._library.id_to_token(id) if 0 <= id < self.vocab_size else None
-        if token is None:
+        if not token:
             return f"<{id}>"
         if self._is_byte_level and id not in self._added:
             table = _bytes_of_characters()

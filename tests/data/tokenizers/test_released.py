@@ -173,6 +173,17 @@ def test_pieces_are_readable(tmp_path):
     assert {"\u2581the", "<0xE2>", "</s>"} <= set(pieces)
 
 
+def test_a_token_without_text_and_an_id_without_a_token_have_a_piece(tmp_path):
+    path = write_json_tokenizer(tmp_path, eos_token="end", pad_token=None)
+    vocabulary = {"": 0, "the": 1, "end": 2, "far": 9}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "end"}
+    path.write_text(json.dumps({"version": "1.0", "model": model}))
+    tokenizer = open_tokenizer(path)
+    assert tokenizer.vocab_size == 10
+    assert [tokenizer.piece(i) for i in (0, 1, 5, 9, 10)] == ["<0>", "the", "<5>", "far", "<10>"]
+    assert tokenizer.decode([1, 5, 9]) == "the far"
+
+
 def test_a_copy_in_a_run_needs_no_other_file(path, tokenizer, tmp_path):
     tokenizer.save(tmp_path / "run")
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
