@@ -3,6 +3,8 @@
 The file is read here, before anything else, so that one that cannot be used leaves nothing behind.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from moejax.config import names_file
@@ -19,22 +21,31 @@ def complete_vocabulary(recipe: ConfigDict) -> None:
     is gone is no error if the number is given: a run that is continued has a copy.
 
     Args:
-      recipe: sections of leaves; it is changed.
+      recipe: sections of leaves, which may lack some; it is changed.
 
     Raises:
       ConfigError: more ids than rows.
       DataError, PathError: the file cannot be used.
     """
-    file = recipe.get("data", {}).get("tokenizer")
+    file = _leaf(recipe, "data", "tokenizer")
     if not names_file(file):
         return
     path = locate(file, LEAF)
     recipe.data.tokenizer = str(path)
-    num_rows = recipe.get("model", {}).get("vocab_size")
-    if num_rows and not path.exists():
-        return
+    num_rows = _leaf(recipe, "model", "vocab_size") or 0
+    if not isinstance(num_rows, int) or (num_rows and not path.exists()):
+        return  # which `resolve` judges
     tokenizer = open_tokenizer(path, LEAF)
-    if not num_rows:
-        recipe.model.vocab_size = tokenizer.vocab_size
+    if num_rows:
+        check_rows(tokenizer, num_rows, f"{LEAF}={path}")
         return
-    check_rows(tokenizer, num_rows, f"{LEAF}={path}")
+    with recipe.unlocked():
+        model = recipe.get("model", ConfigDict())
+        model.vocab_size = tokenizer.vocab_size
+        recipe.model = model
+
+
+def _leaf(recipe: ConfigDict, section: str, name: str) -> Any:
+    """Returns a leaf; None where there is none."""
+    leaves = recipe.get(section)
+    return leaves.get(name) if isinstance(leaves, ConfigDict) else None
