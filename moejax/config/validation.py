@@ -47,7 +47,7 @@ def _validate_vocabulary(config: Config) -> None:
     """Raises `ConfigError` if the rows of the embedding are unknown."""
     require(
         config.model.vocab_size > 0 or not config.data.has_tokenizer_file,
-        f"model.vocab_size=0 cannot be derived of data.tokenizer={config.data.tokenizer} here; "
+        f"model.vocab_size=0 cannot be derived from data.tokenizer={config.data.tokenizer} here; "
         "set it to the number of its ids, or more",
     )
 
