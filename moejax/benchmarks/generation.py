@@ -8,8 +8,9 @@ from flax import nnx
 
 from moejax.benchmarks.timing import interleave, rounded
 from moejax.config import Config
-from moejax.inference.generate import Sampling, decode, prefill
+from moejax.inference.generate import decode, prefill
 from moejax.inference.layered import LayeredDecoder
+from moejax.inference.sampling import Sampling
 from moejax.models import Decoder
 
 SEQUENCES = 16

@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from moejax.cli import UsageError
 from moejax.cli.recipe import define_recipe
+from moejax.cli.vocabulary import complete_vocabulary
 from moejax.config import Config, MeshConfig, resolve
 from moejax.paths import check_run_folder, check_writable, check_writable_file, resolve_path
 from moejax.seeds import LARGEST_SEED
@@ -31,7 +32,7 @@ def define_config(values: FlagValues, arguments: list[str], default: str | None 
 
 
 def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config:
-    """Returns the resolved configuration.
+    """Returns the resolved configuration; in the recipe, the tokenizer's file becomes absolute.
 
     Args:
       values: parsed flags.
@@ -41,9 +42,11 @@ def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config
     Raises:
       UsageError: no `--config`.
       ConfigError: a value that cannot work.
+      DataError: a tokenizer's file that cannot be used.
     """
     recipe_text(values)  # raises the error where there is none
     overrides = config_flags.get_override_values(values["config"])
+    complete_vocabulary(values.config)
     return resolve(values.config, typed=overrides, varied=varied)
 
 

@@ -25,6 +25,7 @@ from moejax.config.resolve import with_defaults as with_defaults
 from moejax.config.router_rules import ROUTER_RULES as ROUTER_RULES
 from moejax.config.schema.describe import rows_of as rows_of
 from moejax.config.schema.describe import settings_page as settings_page
+from moejax.config.schema.leaf import names_file as names_file
 from moejax.config.schema.tree import Declared as Declared
 from moejax.config.schema.tree import check_key as check_key
 from moejax.config.schema.tree import declared as declared

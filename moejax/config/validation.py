@@ -26,6 +26,7 @@ def validate(config: Config) -> None:
         _validate_layers(config)
     validate_schedules(config.schedule, config.moe, set(config.layers))
     validate_data(config.data)
+    _validate_vocabulary(config)
     validate_train(config.train)
     validate_optimizer(config.optimizer)
     validate_alarms(config.alarms)
@@ -88,6 +89,15 @@ def check_vocabulary(config: Config) -> None:
         not num_rows or num_rows >= num_ids,
         f"model.vocab_size={num_rows} must be at least {num_ids}, the ids of "
         f"data.tokenizer={config.data.tokenizer}; set 0 to have as many",
+    )
+
+
+def _validate_vocabulary(config: Config) -> None:
+    """Raises `ConfigError` if the rows of the embedding are unknown."""
+    require(
+        config.model.vocab_size > 0 or not config.data.has_tokenizer_file,
+        f"model.vocab_size=0 cannot be derived from data.tokenizer={config.data.tokenizer} here; "
+        "set it to the number of its ids, or more",
     )
 
 

@@ -33,7 +33,13 @@ from moejax.data.storage.manifest import (
     read_manifest,
     write_manifest,
 )
-from moejax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from moejax.data.tokenizers import (
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    open_tokenizer,
+    train_sentencepiece,
+)
 
 if TYPE_CHECKING:
     from moejax.data.storage.records import Rows
@@ -193,6 +199,8 @@ def _tokenizer(data: DataConfig, source: Source) -> Tokenizer:
     """Returns the tokenizer that `data` describes; BPE is learnt from the training split, once."""
     if data.tokenizer == "bytes":
         return ByteTokenizer()
+    if data.has_tokenizer_file:
+        return open_tokenizer(data.tokenizer, "data.tokenizer")
     key = _hash([BPE_VERSION, source.identity, data.vocab_size])
     name = f"{source.name}-bpe{data.vocab_size}-{key}"
     folder = data_directory(data) / "tokenizers" / name

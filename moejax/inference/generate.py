@@ -5,18 +5,19 @@ own position. What a padded position wrote to the cache is overwritten before an
 it.
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from moejax.config import ROUTER_RULES, Config, ConfigError, MoeConfig
 from moejax.data import Tokenizer
+from moejax.data.tokenizers import continuation
 from moejax.inference.layered import LayeredDecoder
+from moejax.inference.sampling import LARGEST_TOP_K, Sampling, sample
 from moejax.models import Decoder
 from moejax.nn.attention.cache import Cache
 from moejax.seeds import check_seed
@@ -24,17 +25,14 @@ from moejax.seeds import check_seed
 MAX_TOKENS = 65_536
 """The cache holds keys and values of every position at once."""
 
-CANDIDATES = 256
-"""How many of the most probable tokens are looked at first: they hold nearly every nucleus.
-
-Finding them is much faster than sorting the vocabulary.
-"""
-
 HOTTEST = 1e6
 """The highest temperature.
 
 There all tokens are equally probable, and ids that are no token are still never drawn.
 """
+
+Prompt = str | Sequence[int]
+"""A text, or the ids of one, such as a chat's."""
 
 log = logging.getLogger("moejax")
 
@@ -42,11 +40,12 @@ log = logging.getLogger("moejax")
 def generate(
     model: Decoder | LayeredDecoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
 ) -> Iterator[list[int | None]]:
     """Continues prompts, yielding the next token of each as soon as it is known.
@@ -57,10 +56,11 @@ def generate(
         depend on the others of its batch, unless `moe.eval_capacity_factor` limits it, which is
         logged.
       tokenizer: the run's own.
-      prompts: texts; each is preceded by the begin-of-document token.
+      prompts: texts or ids; see `prompt_ids`.
       max_tokens: the largest number of tokens to add.
       temperature: logits are divided by it; 0 takes the most probable token.
       top_p: sample from the smallest set of most probable tokens whose probability reaches this.
+      top_k: sample from this many most probable tokens, among which `top_p` counts; 0 for all.
       seed: of the sampling; sequence i draws from its own stream, so that it does not depend
         on the others.
 
@@ -71,6 +71,8 @@ def generate(
       ConfigError: no prompt, or an argument out of range.
     """
     _check(prompts, max_tokens, temperature, top_p)
+    if not 0 <= top_k <= LARGEST_TOP_K:
+        raise ConfigError(f"--top_k={top_k} must be between 0 and {LARGEST_TOP_K}")
     check_seed("--seed", seed)
     tokens_BL, lengths_B = _pad_prompts(tokenizer, prompts)
     _warn_of_length(model.config, int(lengths_B.max()) + max_tokens)
@@ -79,7 +81,7 @@ def generate(
     decoder = LayeredDecoder(model) if isinstance(model, Decoder) else model
     batch, padded_length = tokens_BL.shape
     cache = decoder.init_cache(batch, _round_up(padded_length + max_tokens))
-    sampling = Sampling.from_settings(temperature, top_p, _sequence_keys(seed, batch))
+    sampling = Sampling.from_settings(temperature, top_p, _sequence_keys(seed, batch), top_k)
     next_B, positions_B, cache = prefill(
         decoder,
         jnp.asarray(tokens_BL),
@@ -94,7 +96,7 @@ def generate(
         if step + 1 < max_tokens:
             next_B, positions_B, cache = decode(decoder, next_B, positions_B, cache, sampling)
         ids_B = np.asarray(current_B)
-        is_done_B |= ids_B == tokenizer.eos_id
+        is_done_B |= np.isin(ids_B, tokenizer.end_ids)
         yield _unfinished(ids_B, is_done_B)
         if is_done_B.all():
             return
@@ -103,131 +105,30 @@ def generate(
 def generate_text(
     model: Decoder | LayeredDecoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     **sampling,
 ) -> list[str]:
     """Returns the complete continuations, without the prompts; see `generate`."""
     steps = list(generate(model, tokenizer, prompts, **sampling))
     texts = []
-    for tokens in zip(*steps, strict=True):
+    for prompt, tokens in zip(prompts, zip(*steps, strict=True), strict=True):
         ids = [token for token in tokens if token is not None]
-        texts.append(tokenizer.decode(ids))
+        texts.append(continuation(tokenizer, prompt_ids(tokenizer, prompt), ids))
     return texts
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn from logits.
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Returns the ids of a prompt.
 
-    Attributes:
-      temperature: logits are divided by it.
-      top_p: mass of the nucleus; its most probable token always belongs to it.
-      keys_B: one key per sequence.
-      method: what is compiled: `greedy` takes the most probable token, `all` draws from all tokens,
-        `nucleus` from the most probable ones.
+    A text is preceded by the begin-of-document token unless the tokenizer's model was trained
+    without it; an empty one is that token.
     """
-
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    keys_B: jax.Array
-    method: str = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def from_settings(cls, temperature: float, top_p: float, keys_B: jax.Array) -> "Sampling":
-        """Returns the settings with the cheapest method that serves them."""
-        if temperature <= 0:
-            method = "greedy"
-        elif top_p < 1:
-            method = "nucleus"
-        else:
-            method = "all"
-        return cls(jnp.float32(temperature), jnp.float32(top_p), keys_B, method)
-
-
-def sample(
-    logits_BV: Float[Array, "B V"],
-    sampling: Sampling,
-    positions_B: Int[Array, "B"],
-) -> Int[Array, "B"]:
-    """Draws one token per sequence.
-
-    Args:
-      logits_BV: float32.
-      sampling: how tokens are drawn.
-      positions_B: folded into the keys, so that each position has its own draw.
-    """
-    if sampling.method == "greedy":
-        most_probable_B = jnp.argmax(logits_BV, axis=-1)
-        return most_probable_B.astype(jnp.int32)
-    temperature = jnp.maximum(sampling.temperature, 1e-6)
-    scaled_BV = logits_BV / temperature
-    keys_B = jax.vmap(jax.random.fold_in)(sampling.keys_B, positions_B)
-    if sampling.method == "all":
-        drawn_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
-        return drawn_B.astype(jnp.int32)
-    return _sample_nucleus(scaled_BV, sampling.top_p, keys_B)
-
-
-def _sample_nucleus(
-    scaled_BV: jax.Array,
-    top_p: jax.Array,
-    keys_B: jax.Array,
-) -> jax.Array:
-    """Draws from the smallest set of most probable tokens whose probability reaches `top_p`.
-
-    Of equally probable tokens the first ones belong to the set. All tokens are sorted only in a
-    step in which a nucleus is larger than `CANDIDATES`. A draw belongs to a rank, so that it does
-    not depend on how many ranks are looked at.
-
-    Source: Holtzman et al. 2020 (nucleus sampling, section 3.1).
-    """
-    vocab_size = scaled_BV.shape[-1]
-    # `top_k` ranks -0 below 0, although they are equal.
-    scaled_BV = jnp.where(scaled_BV == 0, 0.0, scaled_BV)
-    log_total_B1 = jax.nn.logsumexp(scaled_BV, axis=-1, keepdims=True)
-
-    def draw(num_ranks: int) -> tuple[jax.Array, jax.Array]:
-        return _draw_from_ranks(scaled_BV, log_total_B1, top_p, keys_B, num_ranks)
-
-    if vocab_size <= CANDIDATES:
-        drawn_B, _ = draw(vocab_size)
-        return drawn_B
-    drawn_B, is_complete_B = draw(CANDIDATES)
-
-    def redraw_incomplete() -> jax.Array:
-        redrawn_B, _ = draw(vocab_size)
-        return jnp.where(is_complete_B, drawn_B, redrawn_B)
-
-    are_all_complete = is_complete_B.all()
-    return jax.lax.cond(are_all_complete, lambda: drawn_B, redraw_incomplete)
-
-
-def _draw_from_ranks(
-    scaled_BV: jax.Array,
-    log_total_B1: jax.Array,
-    top_p: jax.Array,
-    keys_B: jax.Array,
-    num_ranks: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Draws from the part of the nucleus that is among the R = `num_ranks` most probable tokens.
-
-    Returns:
-      Tokens `[B]`, and whether these ranks hold the complete nucleus, `[B]`.
-    """
-    sorted_BR, tokens_BR = jax.lax.top_k(scaled_BV, num_ranks)
-    probs_BR = jnp.exp(sorted_BR - log_total_B1)
-    mass_BR = jnp.cumsum(probs_BR, axis=-1)
-    mass_before_BR = mass_BR - probs_BR
-    is_below_BR = mass_before_BR < top_p
-    is_in_nucleus_BR = is_below_BR.at[:, 0].set(True)
-    nucleus_BR = jnp.where(is_in_nucleus_BR, sorted_BR, -jnp.inf)
-    rank_B = jax.vmap(jax.random.categorical)(keys_B, nucleus_BR)
-    rank_B1 = rank_B[:, None]
-    drawn_B1 = jnp.take_along_axis(tokens_BR, rank_B1, axis=-1)
-    mass_B = mass_BR[:, -1]
-    is_complete_B = mass_B >= top_p
-    return drawn_B1[:, 0], is_complete_B
+    if not isinstance(prompt, str):
+        return list(prompt) or [tokenizer.bos_id]
+    ids = tokenizer.encode(prompt)
+    if tokenizer.adds_bos or not ids:
+        return [tokenizer.bos_id, *ids]
+    return ids
 
 
 def prefill(
@@ -286,13 +187,10 @@ def _sample_next(logits_B1V, positions_B, sampling):
 
 def _pad_prompts(
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:
     """Returns token ids of the prompts, padded on the right, and their lengths."""
-    rows = []
-    for prompt in prompts:
-        ids = tokenizer.encode(prompt)
-        rows.append([tokenizer.bos_id, *ids])
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     lengths = [len(row) for row in rows]
     shape = (len(rows), _round_up(max(lengths)))  # few distinct lengths, so few compilations
     tokens_BL = np.full(shape, tokenizer.pad_id, np.int32)
@@ -361,7 +259,7 @@ def _has_eval_capacity(moe: MoeConfig) -> bool:
 
 
 def _check(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_tokens: int,
     temperature: float,
     top_p: float,

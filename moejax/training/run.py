@@ -10,7 +10,7 @@ from typing import TypeAlias
 import jax
 
 from moejax.config import Config
-from moejax.data import Corpus, load_tokenizer, prepare
+from moejax.data import Corpus, prepare
 from moejax.locks import FolderLock
 from moejax.models.parameters import count_parameters
 from moejax.training.checkpoints.checkpoint import CheckpointError, Checkpoints
@@ -18,6 +18,7 @@ from moejax.training.evaluation import Evaluation
 from moejax.training.health.alarms import AlarmError
 from moejax.training.health.nonfinite import NonFiniteError
 from moejax.training.health.speed import median_speed
+from moejax.training.kept_tokenizer import kept_tokenizer
 from moejax.training.multihost.processes import broadcast_from_primary, is_first
 from moejax.training.run_directory.changes import log_changes
 from moejax.training.run_directory.files import RunFiles
@@ -241,10 +242,7 @@ def open_run_directory(
     """
     has_tokenizer = (workdir / "tokenizer.json").exists()
     if corpus is None:
-        # A run keeps its tokenizer: one that is learned again from changed text would not fit its
-        # weights.
-        tokenizer = load_tokenizer(workdir) if has_tokenizer else None
-        corpus = prepare(config.data, tokenizer)
+        corpus = prepare(config.data, kept_tokenizer(workdir, config))
     if is_first():
         parameters = count_parameters(config)
         write_run_directory(workdir, config, parameters, corpus.directory.name, command)

@@ -64,6 +64,7 @@ SPECIMENS = {
     "train.step_limit_s": (60.0, {}),
     "alarms.stop": ("ties, drops", {}),
     "data.source": ("synthetic", {}),
+    "data.tokenizer": ("bytes", {}),
     "data.text_field": ("body", {"data.source": "files", "data.files": "texts"}),
     "moe.score": ("softmax_after", {}),
     "moe.jitter": (0.01, {}),

@@ -97,6 +97,20 @@ def test_a_name_that_is_no_choice_is_refused_with_the_nearest_choice(key, choice
     assert message.endswith(f"the nearest is {choices[-1]}")
 
 
+def test_a_tokenizer_is_a_choice_or_a_file_for_which_the_rows_are_known():
+    message = refusal({"data.tokenizer": "bpes"})
+    assert "data.tokenizer='bpes' must be one of bytes, bpe, or the name of a file" in message
+    assert message.endswith("the nearest is bpe")
+    message = refusal({"data.tokenizer": "some/tokenizer"})
+    assert message.startswith("model.vocab_size=0 ") and "data.tokenizer=some/tokenizer" in message
+    config = resolve(nested({"data.tokenizer": "tokenizer.json", "model.vocab_size": 700}))
+    assert (config.vocab_size, config.num_token_ids, config.num_tokenizer_ids) == (700, 700, 700)
+    check_vocabulary(config)
+    assert "data.vocab_size=600" in refusal(
+        {"data.tokenizer": "a/b", "model.vocab_size": 700, "data.vocab_size": 600}
+    )
+
+
 def test_the_choices_of_routers_and_grouped_products_are_the_tables():
     choices = dict(literal_leaves())
     assert set(ROUTER_RULES) == {*ROUTERS, "expert_choice", "soft"}

@@ -135,7 +135,7 @@ def test_training_reads_words_of_any_length():
 
 
 def test_training_stops_at_its_budget(monkeypatch):
-    monkeypatch.setattr("moejax.data.tokenizers.TRAINING_BYTES", 40)
+    monkeypatch.setattr("moejax.data.tokenizers.learned.TRAINING_BYTES", 40)
 
     def endless():
         while True:

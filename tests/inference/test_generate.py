@@ -11,8 +11,9 @@ import oracle
 from cases.training import case_config, small_config
 from moejax.cli.verbs.generate import define
 from moejax.data.tokenizers import ByteTokenizer
-from moejax.inference.generate import CANDIDATES, HOTTEST, Sampling, generate, generate_text, sample
+from moejax.inference.generate import HOTTEST, generate, generate_text, prompt_ids
 from moejax.inference.layered import LayeredDecoder
+from moejax.inference.sampling import CANDIDATES, Sampling, sample
 from moejax.models import Decoder
 
 
@@ -146,12 +147,64 @@ def test_the_seed_decides_the_samples(model):
 
 def test_a_finished_document_stays_finished(model):
     class Stops(ByteTokenizer):
-        eos_id = property(lambda self: self.stop)
+        end_ids = property(lambda self: (self.stop,))
 
     greedy = next(generate(model, ByteTokenizer(), ["q"], max_tokens=1, temperature=0.0))[0]
     tokenizer = Stops()
     object.__setattr__(tokenizer, "stop", greedy)
     assert list(generate(model, tokenizer, ["q"], max_tokens=5, temperature=0.0)) == [[None]]
+
+
+class Released(ByteTokenizer):
+    """As those of some released models: no token begins a text, and any of two ends one."""
+
+    adds_bos = False
+    ends = (2,)
+    end_ids = property(lambda self: self.ends)
+
+    def decode(self, ids):
+        """Without the first space, as sentencepiece does it."""
+        return super().decode(ids).removeprefix(" ")
+
+
+def test_prompts_are_ids_or_texts_that_begin_as_the_tokenizer_says():
+    own, released = ByteTokenizer(), Released()
+    ids = own.encode("ab")
+    assert prompt_ids(own, "ab") == [own.bos_id, *ids]
+    assert prompt_ids(released, "ab") == ids
+    assert prompt_ids(released, ids) == prompt_ids(own, ids) == ids
+    for tokenizer in (own, released):  # a model needs one token
+        assert prompt_ids(tokenizer, "") == prompt_ids(tokenizer, []) == [own.bos_id]
+
+
+def test_a_text_and_its_ids_are_the_same_prompt(model):
+    tokenizer = ByteTokenizer()
+    ids = [tokenizer.bos_id, *tokenizer.encode("to be")]
+    texts = generate_text(model, tokenizer, ["to be", ids], max_tokens=6, temperature=0.0)
+    assert texts[0] == texts[1] != ""
+    without_begin = generate_text(model, Released(), [ids[1:]], max_tokens=6, temperature=0.0)
+    assert without_begin == generate_text(
+        model, Released(), ["to be"], max_tokens=6, temperature=0.0
+    )
+
+
+def test_any_of_several_ids_ends_a_text(model):
+    steps = generate(model, ByteTokenizer(), ["q"], max_tokens=3, temperature=0.0)
+    ids = [id for (id,) in steps]
+    tokenizer = Released()
+    prompt = [tokenizer.bos_id, *tokenizer.encode("q")]
+    tokenizer.ends = (999, ids[2])
+    found = [id for (id,) in generate(model, tokenizer, [prompt], max_tokens=9, temperature=0.0)]
+    assert found == [*ids[: ids.index(ids[2])], None]
+
+
+def test_a_continuation_keeps_the_space_that_a_text_of_its_own_would_lose(model):
+    tokenizer = Released()
+    logits = model.logits
+    space = tokenizer.encode(" ")[0]
+    decoder = LayeredDecoder(model)
+    decoder.logits = lambda x: logits(x).at[..., space].add(1e4)
+    assert generate_text(decoder, tokenizer, ["a"], max_tokens=2, temperature=0.0) == ["  "]
 
 
 sample = jax.jit(sample)
@@ -192,23 +245,31 @@ def test_temperature_sharpens_and_zero_is_greedy():
     np.testing.assert_allclose(draw([0.4, 0.6], 0.0, 1.0), [0, 1])
 
 
-def sorted_nucleus(logits_V, top_p):
+def sorted_nucleus(logits_V, top_p, top_k=None):
     """Returns the nucleus as defined, and the distance of `top_p` from the nearest edge.
 
     Tokens are taken by probability, of equals the first ones first, until their mass is reached.
+    With `top_k` the mass of as many tokens is 1.
     """
     float64_V = np.asarray(logits_V, np.float64)
     exp_V = np.exp(float64_V - float64_V.max())
-    probs_V = exp_V / exp_V.sum()
-    order_V = np.argsort(-probs_V, kind="stable")
-    sorted_V = probs_V[order_V]
+    order_V = np.argsort(-exp_V, kind="stable")[:top_k]
+    sorted_V = exp_V[order_V] / exp_V[order_V].sum()
     mass_before_V = np.cumsum(sorted_V) - sorted_V
     distance = np.abs(mass_before_V - top_p).min()
     return order_V[mass_before_V < top_p], distance
 
 
-@pytest.mark.parametrize("top_p", [0.0507, 0.3007, 0.9007])  # of 600 equals, not a whole number
-def test_partial_selection_draws_what_the_sorted_vocabulary_gives(top_p):
+PARTS = [
+    *[(0, top_p) for top_p in (0.0507, 0.3007, 0.9007)],
+    *[(7, 0.9007), (7, 1.0), (CANDIDATES, 0.3007)],
+    *[(300, 0.2008), (300, 0.9003), (300, 1.0), (1000, 0.9007), (1000, 1.0)],
+]
+"""Masses that are not those of a whole number of equal tokens."""
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), PARTS)
+def test_partial_selection_draws_what_the_sorted_vocabulary_gives(top_k, top_p):
     rng = np.random.default_rng(0)
     # Of 600 tokens: peaked rows, flat ones whose nucleus is larger than the candidates, and ties.
     scaled = [rng.normal(size=(8, 600)) * scale for scale in (6, 1, 0.01)]
@@ -217,20 +278,21 @@ def test_partial_selection_draws_what_the_sorted_vocabulary_gives(top_p):
     logits_BV = np.concatenate([distinct_BV, np.round(distinct_BV), equal_BV])
     keys_B = jax.random.split(jax.random.key(1), len(logits_BV))
     positions_B = jnp.arange(len(logits_BV), dtype=jnp.int32)
-    sampling = Sampling.from_settings(1.0, top_p, keys_B)
+    sampling = Sampling.from_settings(1.0, top_p, keys_B, top_k)
     drawn_B = sample(jnp.asarray(logits_BV), sampling, positions_B)
     draw_keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (600,)))(draw_keys_B)
     is_larger = set()
     for row, noise_V in enumerate(np.asarray(noise_BV)):
         logits_V = logits_BV[row]
-        nucleus, distance = sorted_nucleus(logits_V, top_p)
-        assert distance > 1e-6  # no token is on the edge, where rounding decides
+        nucleus, distance = sorted_nucleus(logits_V, top_p, top_k or None)
+        # No token is on the edge, where rounding decides.
+        assert distance > 1e-6 or top_p == 1
         noisy = logits_V[nucleus] + noise_V[: len(nucleus)]
         assert drawn_B[row] == nucleus[np.argmax(noisy)]
         is_larger.add(len(nucleus) > CANDIDATES)
-    assert True in is_larger or top_p < 0.9
-    assert False in is_larger
+    assert True in is_larger or top_p < 0.9 or 0 < top_k <= CANDIDATES
+    assert False in is_larger or top_p == 1
 
 
 def test_a_nucleus_larger_than_the_candidates_changes_no_other_sequence():
@@ -294,6 +356,7 @@ def test_ids_that_are_no_token_are_never_drawn(model):
         ),
         ({"max_tokens": 1, "temperature": float("nan")}, "--temperature=nan must be between 0"),
         ({"max_tokens": 1, "top_p": 0.0}, "top_p=0.0"),
+        ({"max_tokens": 1, "top_k": -1}, "top_k=-1"),
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(model, arguments, message):

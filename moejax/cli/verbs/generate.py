@@ -22,7 +22,8 @@ from moejax.cli.options import (
     refuse_several_processes,
 )
 from moejax.compilation_cache import keep_compilation_cache
-from moejax.inference.generate import generate, generate_text
+from moejax.data.tokenizers import TextStream
+from moejax.inference.generate import generate, generate_text, prompt_ids
 from moejax.inference.load import LoadedRun, load_run
 from moejax.strict_json import to_json
 
@@ -59,6 +60,12 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         "sample from the most probable tokens that reach this mass",
         flag_values=values,
     )
+    flags.DEFINE_integer(
+        "top_k",
+        0,
+        "sample from this many most probable tokens at most; 0 for all",
+        flag_values=values,
+    )
     define_seed(values, "seed", "of the sampling")
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
 
@@ -76,6 +83,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
         "max_tokens": max_tokens,
         "temperature": values.temperature,
         "top_p": values.top_p,
+        "top_k": values.top_k,
         "seed": values.seed,
     }
     if len(prompts) == 1 and not values.json:
@@ -106,10 +114,8 @@ def _has_bytes(text: str) -> bool:
 
 def _default_length(loaded: LoadedRun, prompts: list[str]) -> int:
     """Returns how many tokens to add: as many as fit a training row, if the prompts leave room."""
-    encode = loaded.tokenizer.encode
-    lengths = [len(encode(prompt)) for prompt in prompts]
-    longest = 1 + max(lengths)  # with the begin-of-document token
-    room = loaded.config.data.seq_len - longest
+    lengths = [len(prompt_ids(loaded.tokenizer, prompt)) for prompt in prompts]
+    room = loaded.config.data.seq_len - max(lengths)
     if room <= 0:
         return MAX_TOKENS
     return min(MAX_TOKENS, room)
@@ -117,17 +123,12 @@ def _default_length(loaded: LoadedRun, prompts: list[str]) -> int:
 
 def _stream(model, tokenizer, prompt: str, sampling: dict) -> None:
     """Writes text as soon as it is certain: a character may be spread over several tokens."""
-    ids: list[int] = []
-    written = ""
-    for (token,) in generate(model, tokenizer, [prompt], **sampling):
-        if not ids:  # after compilation, during which there is something to log
+    stream = TextStream(tokenizer, prompt_ids(tokenizer, prompt))
+    for number, (token,) in enumerate(generate(model, tokenizer, [prompt], **sampling)):
+        if number == 0:  # after compilation, during which there is something to log
             sys.stdout.write(prompt)
         if token is None:
             break
-        ids.append(token)
-        text = tokenizer.decode(ids).rstrip("\ufffd")
-        if text.startswith(written):
-            sys.stdout.write(text[len(written) :])
-            sys.stdout.flush()
-            written = text
-    print()
+        sys.stdout.write(stream.add(token))
+        sys.stdout.flush()
+    print(stream.finish())

@@ -29,6 +29,7 @@ class Leaf:
       also: values outside of the bounds that have a meaning of their own.
       choices: what a text may be, if its type does not say so; a table that grows is looked up each
         time.
+      or_file: whether the name of a file, which has a dot or a slash, may be given instead.
       aliases: other names that people use for the choices.
       needs: what must hold so that anything reads the leaf; None if something always does.
       may_be_unread: whether a recipe may set it although nothing reads it, since what it needs is
@@ -43,6 +44,7 @@ class Leaf:
     below: float | None = None
     also: tuple[Any, ...] = ()
     choices: Collection[str] = ()
+    or_file: bool = False
     aliases: Mapping[str, str] | None = None
     needs: Need | None = None
     may_be_unread: bool = False
@@ -80,7 +82,15 @@ def choices_of(declared: Leaf, annotation: Any) -> tuple[str, ...]:
 def type_text(declared: Leaf, annotation: Any) -> str:
     """Returns the kind of value that a leaf takes, in words: "a whole number"."""
     choices = choices_of(declared, annotation)
-    return f"one of {', '.join(choices)}" if choices else TYPE_NAMES[annotation]
+    if not choices:
+        return TYPE_NAMES[annotation]
+    or_file = ", or the name of a file" if declared.or_file else ""
+    return f"one of {', '.join(choices)}{or_file}"
+
+
+def names_file(value: Any) -> bool:
+    """Whether a value is the name of a file rather than a choice; nothing needs to be there."""
+    return isinstance(value, str) and ("/" in value or "." in value)
 
 
 def check_value(key: str, value: Any, declared: Leaf, annotation: Any) -> Any:
@@ -91,7 +101,7 @@ def check_value(key: str, value: Any, declared: Leaf, annotation: Any) -> Any:
     """
     choices = choices_of(declared, annotation)
     if choices:
-        return _check_choice(key, value, choices, declared.aliases)
+        return _check_choice(key, value, declared, annotation)
     if annotation is float and type(value) is int:
         value = _to_float(key, value, declared)
     if type(value) is not annotation:
@@ -112,7 +122,7 @@ def parse_value(key: str, text: str, declared: Leaf, annotation: Any) -> Any:
     """
     choices = choices_of(declared, annotation)
     if choices:
-        return _check_choice(key, text.strip(), choices, declared.aliases)
+        return _check_choice(key, text.strip(), declared, annotation)
     if annotation is str:
         return text
     readers: dict[Any, Callable[[str], Any]] = {bool: _read_bool, int: _read_int, float: float}
@@ -125,14 +135,13 @@ def parse_value(key: str, text: str, declared: Leaf, annotation: Any) -> Any:
         ) from error
 
 
-def _check_choice(
-    key: str, value: Any, choices: tuple[str, ...], aliases: Mapping[str, str] | None
-) -> str:
-    if value in choices:
+def _check_choice(key: str, value: Any, declared: Leaf, annotation: Any) -> str:
+    choices = choices_of(declared, annotation)
+    if value in choices or (declared.or_file and names_file(value)):
         return value
-    meant = nearest(str(value), choices, aliases)
+    meant = nearest(str(value), choices, declared.aliases)
     raise ConfigError(
-        f"{key}={format_value(repr(value))} must be one of {', '.join(choices)}; "
+        f"{key}={format_value(repr(value))} must be {type_text(declared, annotation)}; "
         f"the nearest is {meant}"
     )
 

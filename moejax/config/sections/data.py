@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from moejax.config.errors import require
-from moejax.config.schema.leaf import leaf
+from moejax.config.schema.leaf import leaf, names_file
 from moejax.config.schema.needs import value
 
 BYTE_VOCAB_SIZE = 259
@@ -50,8 +50,12 @@ class DataConfig:
         needs=value("data.source", "files"),
     )
     directory: str = leaf("data", "where prepared rows are cached")
-    tokenizer: Literal["bytes", "bpe"] = leaf(
-        "bpe", "tokens are bytes, or pieces that are learned from the text"
+    tokenizer: str = leaf(
+        "bpe",
+        "tokens are bytes, pieces that are learned from the text, or those of a released model's "
+        "tokenizer.json or tokenizer.model",
+        choices=("bytes", "bpe"),
+        or_file=True,
     )
     vocab_size: int = leaf(
         4096,
@@ -61,6 +65,11 @@ class DataConfig:
         needs=value("data.tokenizer", "bpe"),
     )
     seq_len: int = leaf(256, "tokens of a row", at_least=1)
+
+    @property
+    def has_tokenizer_file(self) -> bool:
+        """Whether the tokenizer is a file."""
+        return names_file(self.tokenizer)
 
 
 def validate_data(data: DataConfig) -> None:

@@ -47,7 +47,9 @@ class Config:
 
     @property
     def num_tokenizer_ids(self) -> int:
-        """Ids of the tokenizer."""
+        """Ids of the tokenizer; if it is a file, the rows of the embedding, which are as many."""
+        if self.data.has_tokenizer_file:
+            return self.model.vocab_size
         return self.data.vocab_size if self.data.tokenizer == "bpe" else BYTE_VOCAB_SIZE
 
     @property

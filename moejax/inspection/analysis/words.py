@@ -15,7 +15,8 @@ take a fraction of a second. The rules are plain ones, for statistics over many 
 Limits: "Mr. Smith" ends a sentence, and one without a full stop before a single line break does
 not. Characters that the tokenizer writes as several bytes are seen as parts of words, whatever they
 are: with a tokenizer of bytes a dash or a Chinese sentence is a word, and 。 ends nothing. A learnt
-piece of a backslash and an n is taken for a line break, which `Tokenizer.piece` writes so.
+piece of a backslash and an n is taken for a line break, which `Tokenizer.piece` writes so. Special
+tokens of a released model that look like other text are taken for that.
 """
 
 import dataclasses
@@ -45,14 +46,16 @@ KINDS = (
 IN_WORD = ("numeral", "CJK", "byte", "capitalised", "lower-case")
 CJK_NAMES = ("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "IDEOGRAPHIC")
 ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}
+_WHITE = re.compile(rf"(?:\\[nrt]|{SPACE_MARK})+")
 APOSTROPHES = ("'", "\u2019")
 CLOSERS = "\"'\u201d\u2019\u00bb\u203a)]}\u300d\u300f\uff09\u3011"
 STOPS, WIDE_STOPS = (".", "!", "?", "\u2026"), ("\u3002", "\uff01", "\uff1f")
 
 _SPECIAL_PATTERNS = [re.escape(piece) for piece in SPECIAL_PIECES]
 _NO_ID = r"<-?\d+>"  # what is written for a number that is no id of the tokenizer
-_SPECIAL = re.compile("|".join([*_SPECIAL_PATTERNS, "<unk>", _NO_ID]))
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_OF_RELEASED = "</?s>|<[|\uff5c][^|\uff5c]+[|\uff5c]>"  # as most released models write them
+_SPECIAL = re.compile("|".join([*_SPECIAL_PATTERNS, "<unk>", _NO_ID, _OF_RELEASED]))
+_BYTE = re.compile("(?:<0x[0-9A-F]{2}>)+")
 
 
 def kind_of_piece(piece: str) -> str:
@@ -86,7 +89,10 @@ def _kind_of_character(character: str) -> str:
 
 def _text(piece: str) -> str:
     """Returns the piece's own characters."""
-    return ESCAPES.get(piece, piece).replace(SPACE_MARK, " ")
+    if _WHITE.fullmatch(piece):
+        for escape, character in ESCAPES.items():
+            piece = piece.replace(escape, character)
+    return piece.replace(SPACE_MARK, " ")
 
 
 @dataclasses.dataclass(frozen=True)

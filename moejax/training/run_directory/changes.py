@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from typing import Any, NamedTuple
 
-from moejax.config import AlarmConfig, Config, is_read, leaves, to_dict
+from moejax.config import AlarmConfig, Config, is_read, leaves, names_file, to_dict
 from moejax.training.optimizer import make_schedule
 
 MAY_CHANGE = (
@@ -73,9 +73,15 @@ def first_change(saved: Config, wanted: Config) -> Change | None:
     """
     for change in changes(saved, wanted):
         is_relevant = is_read(saved, change.key) or is_read(wanted, change.key)
-        if is_relevant and change.key not in MAY_CHANGE:
+        if is_relevant and change.key not in MAY_CHANGE and not _is_moved_tokenizer(change):
             return change
     return None
+
+
+def _is_moved_tokenizer(change: Change) -> bool:
+    """Whether the tokenizer is a file in another place; `kept_tokenizer` compares its content."""
+    is_of_files = names_file(change.saved) and names_file(change.wanted)
+    return change.key == "data.tokenizer" and is_of_files
 
 
 def log_changes(saved: Config, config: Config, step: int) -> None:

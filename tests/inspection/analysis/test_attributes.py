@@ -43,14 +43,17 @@ def sentences(pieces, starts=()):
 @pytest.mark.parametrize(
     ("kind", "pieces"),
     {
-        "special": ["<pad>", "<bos>", "<eos>", "<unk>", "<600>", "<-1>"],
-        "newline": ["\\n", "\n", "\n\n", " \n"],
+        "special": [
+            *["<pad>", "<bos>", "<eos>", "<unk>", "<600>", "<-1>"],
+            *["</s>", "<|im_end|>", "<\uff5cend▁of\uff5c>"],
+        ],
+        "newline": ["\\n", "\n", "\n\n", " \n", "\\n\\n", "▁\\n▁"],
         "space": ["▁", "▁▁", "\\t", "\\r", "\t", "\u3000", "\u00a0"],
         "punctuation": [".", "▁(", "...", "-", "。", "「", "»", "_", ".com"],
         "symbol": ["+", "▁$", "^", "🙂", "~", "\u200d"],
         "numeral": ["1", "▁1990", "½", "Ⅳ", "٣"],
         "CJK": ["日本", "々", "カ", "ひ", "ｶ", "ー", "▁中"],
-        "byte": ["<0xE2>", "<0x0B>"],
+        "byte": ["<0xE2>", "<0x0B>", "<0xE2><0x80>"],
         "capitalised": ["The", "▁The", "A", "Éa", "ǅ"],
         "lower-case": ["the", "▁the", "é", "한", "ب", "\u0301"],
     }.items(),

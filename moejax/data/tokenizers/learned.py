@@ -1,143 +1,28 @@
-"""Text to token ids and back, exactly: raw bytes, or byte-pair encoding (BPE).
-
-BPE is learnt from the training split. Both tokenizers are lossless: `decode(encode(text)) == text`
-for every string, whatever its whitespace, because no text is normalised and a character outside the
-vocabulary is written as its UTF-8 bytes. Ids 0, 1 and 2 are padding, begin of document and end of
-document in both; `encode` never produces them.
-"""
+"""Byte-pair encoding (BPE) that is learnt from the training split."""
 
 import hashlib
 import io
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
-import numpy as np
-
-from moejax.config import BYTE_VOCAB_SIZE, ConfigError
-from moejax.data.errors import DataError
-from moejax.data.storage.regular_files import read_regular
-from moejax.paths import replace_file
-
-PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
-SPECIAL_PIECES = ("<pad>", "<bos>", "<eos>")
-
-DESCRIPTION_FILE = "tokenizer.json"
-MODEL_FILE = "tokenizer.model"
-
-SPACE_MARK = "\u2581"  # what sentencepiece, and every table here, writes for a space
-
-UNREADABLE = b"\xff"
-"""The byte of an id without a meaning, never part of valid UTF-8: it decodes to U+FFFD."""
+from moejax.config import ConfigError
+from moejax.data.tokenizers.interface import (
+    BOS_ID,
+    EOS_ID,
+    PAD_ID,
+    SPACE_MARK,
+    SPECIAL_PIECES,
+    UNREADABLE,
+    byte_piece,
+    decode_table,
+    save_files,
+)
 
 TRAINING_BYTES = 64_000_000
 """Text that the BPE is learnt from; more would change the pieces little, and cost memory."""
 
 MAX_LINE = 4096  # characters: sentencepiece refuses unbroken words of 65,536
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What both tokenizers offer.
-
-    Attributes:
-      kind: "bytes" or "bpe".
-      vocab_size: number of ids.
-      pad_id: id of padding, 0.
-      bos_id: id that begins a document.
-      eos_id: id that ends a document.
-      fingerprint: identifies the mapping from text to ids; equal fingerprints, equal ids.
-    """
-
-    kind: str
-    vocab_size: int
-    pad_id: int
-    bos_id: int
-    eos_id: int
-    fingerprint: str
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without special ids."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`, and never raises.
-
-        Special ids are skipped; bytes that are no valid UTF-8 become U+FFFD.
-        """
-
-    def piece(self, id: int) -> str:
-        """Returns one token in readable form, for tables.
-
-        A space is U+2581, and a byte that is no character has the form `<0xE2>`.
-        """
-
-    def save(self, directory: str | Path) -> None:
-        """Writes the files that `load_tokenizer` reads into `directory`, and creates it first."""
-
-
-BYTE_NAMES = {" ": SPACE_MARK, "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def _byte_piece(value: int) -> str:
-    """Returns a readable form of one byte."""
-    character = chr(value)
-    if character in BYTE_NAMES:
-        return BYTE_NAMES[character]
-    is_printable = 32 < value < 127
-    return character if is_printable else f"<0x{value:02X}>"
-
-
-def _decode(table: Sequence[bytes], ids: Iterable[int]) -> str:
-    """Joins the bytes of each id and decodes them; ids outside the table are unreadable."""
-    parts = [table[i] if 0 <= i < len(table) else UNREADABLE for i in ids]
-    return b"".join(parts).decode("utf-8", errors="replace")
-
-
-def _save(directory: str | Path, description: dict, model: bytes | None = None) -> None:
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    if model is not None:
-        model_path = folder / MODEL_FILE
-        replace_file(model_path, model)
-    # The description is written last: where it exists, everything does.
-    text = json.dumps(description, indent=2)
-    content = f"{text}\n".encode()
-    replace_file(folder / DESCRIPTION_FILE, content)
-
-
-class ByteTokenizer:
-    """One id per UTF-8 byte: byte b is id b + 3. Needs no training and has no unknown text."""
-
-    kind = "bytes"
-    vocab_size = BYTE_VOCAB_SIZE
-    pad_id, bos_id, eos_id = PAD_ID, BOS_ID, EOS_ID
-    fingerprint = "bytes-1"
-
-    _table = (b"", b"", b"", *(bytes([b]) for b in range(256)))
-
-    def encode(self, text: str) -> list[int]:
-        """See `Tokenizer.encode`."""
-        values = np.frombuffer(text.encode("utf-8"), np.uint8)
-        ids = values.astype(np.int32) + len(SPECIAL_PIECES)
-        return ids.tolist()
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """See `Tokenizer.decode`."""
-        return _decode(self._table, ids)
-
-    def piece(self, id: int) -> str:
-        """See `Tokenizer.piece`."""
-        if not 0 <= id < self.vocab_size:
-            return f"<{id}>"
-        if id < len(SPECIAL_PIECES):
-            return SPECIAL_PIECES[id]
-        return _byte_piece(id - len(SPECIAL_PIECES))
-
-    def save(self, directory: str | Path) -> None:
-        """See `Tokenizer.save`."""
-        _save(directory, {"kind": self.kind, "vocab_size": self.vocab_size})
 
 
 class SentencePieceTokenizer:
@@ -150,6 +35,8 @@ class SentencePieceTokenizer:
 
     kind = "bpe"
     pad_id, bos_id, eos_id = PAD_ID, BOS_ID, EOS_ID
+    end_ids: tuple[int, ...] = (EOS_ID,)
+    adds_bos = True
 
     def __init__(self, model: bytes):
         """Loads a serialized model such as `train_sentencepiece` makes.
@@ -202,14 +89,14 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
-        return _decode(self._table, ids)
+        return decode_table(self._table, ids)
 
     def piece(self, id: int) -> str:
         """See `Tokenizer.piece`."""
         if not 0 <= id < self.vocab_size:
             return f"<{id}>"
         if id in self._byte_of:
-            return _byte_piece(self._byte_of[id])
+            return byte_piece(self._byte_of[id])
         return self._pieces[id]
 
     def save(self, directory: str | Path) -> None:
@@ -219,7 +106,7 @@ class SentencePieceTokenizer:
             "vocab_size": self.vocab_size,
             "sha256": hashlib.sha256(self._model).hexdigest(),
         }
-        _save(directory, description, self._model)
+        save_files(directory, description, self._model)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
@@ -311,54 +198,3 @@ def _size_error(message: str, vocab_size: int) -> ConfigError:
         f"data.vocab_size={vocab_size}: sentencepiece cannot learn from the training text: "
         f"{message}"
     )
-
-
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Returns the tokenizer that `Tokenizer.save` wrote.
-
-    Raises:
-      DataError: a file is missing or corrupt.
-    """
-    path = Path(directory) / DESCRIPTION_FILE
-    try:
-        description = json.loads(_read(path))
-        kind = description["kind"]
-        vocab_size = description["vocab_size"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _load_error(path, "is corrupt") from error
-    if kind == ByteTokenizer.kind and vocab_size == ByteTokenizer.vocab_size:
-        return ByteTokenizer()
-    if kind != SentencePieceTokenizer.kind:
-        raise _load_error(
-            path, f"has kind={kind!r} and vocab_size={vocab_size}, which do not exist"
-        )
-    tokenizer = _load_model(Path(directory) / MODEL_FILE, description.get("sha256"))
-    if vocab_size != tokenizer.vocab_size:
-        raise _load_error(path, f"has vocab_size={vocab_size} for {tokenizer.vocab_size} pieces")
-    return tokenizer
-
-
-def _load_model(path: Path, sha256: str | None) -> SentencePieceTokenizer:
-    model = _read(path)
-    if hashlib.sha256(model).hexdigest() != sha256:
-        raise _load_error(path, f"is corrupt: it is not the file that {DESCRIPTION_FILE} describes")
-    try:
-        return SentencePieceTokenizer(model)
-    except (RuntimeError, ValueError) as error:
-        raise _load_error(path, f"is no model this version reads: {error}") from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return read_regular(path)
-    except OSError as error:
-        raise _load_error(path, f"cannot be read: {error.strerror}") from error
-
-
-def _load_error(path: Path, problem: str) -> DataError:
-    """Returns the error for a tokenizer of a run, or of prepared data, that cannot be read."""
-    folder = path.parent
-    remedy = f"restore it from a copy, or remove the folder {folder} so that it is made again"
-    if (folder / "config.json").exists():
-        remedy = "restore it from a copy: the run's weights fit no other tokenizer"
-    return DataError(f"{path} {problem}; {remedy}")

@@ -1,0 +1,44 @@
+"""The tokenizer of a run: a copy that it keeps, whatever becomes of the file it was taken from.
+
+A tokenizer that is learned again from changed text, or read again from a changed file, would not
+fit the run's weights.
+"""
+
+import logging
+from pathlib import Path
+
+from moejax.config import Config, ConfigError
+from moejax.data import Tokenizer, load_tokenizer
+from moejax.data.tokenizers import check_rows, open_tokenizer
+
+log = logging.getLogger("moejax")
+
+
+def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
+    """Returns the tokenizer of a run; None if it is one that nothing is kept of yet.
+
+    Args:
+      workdir: the run directory; nothing needs to be there.
+      config: of the run.
+
+    Raises:
+      ConfigError: the file of `data.tokenizer` is not what it was, or has more ids than the
+        embedding has rows.
+      DataError: the copy, or that file, is missing or damaged.
+    """
+    has_copy = (workdir / "tokenizer.json").exists()
+    copy = load_tokenizer(workdir) if has_copy else None
+    if not config.data.has_tokenizer_file:
+        return copy
+    file = config.data.tokenizer
+    if copy is not None and not Path(file).exists():
+        log.info("data.tokenizer=%s is gone: the run goes on with its copy", file)
+        return copy
+    tokenizer = open_tokenizer(file, "data.tokenizer")
+    check_rows(tokenizer, config.vocab_size, f"data.tokenizer={file}")
+    if copy is not None and copy.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"data.tokenizer={file} is not the tokenizer that {workdir} was begun with: it, or a "
+            "file beside it, has changed; restore it, or choose another --workdir"
+        )
+    return tokenizer
