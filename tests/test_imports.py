@@ -25,7 +25,7 @@ RANKS = [
 RANK = {layer: rank for rank, layers in enumerate(RANKS) for layer in layers}
 
 DOORS = {
-    "orbax": ["training/checkpoints/checkpoint.py"],
+    "orbax": ["training/checkpoints/checkpoint.py", "training/checkpoints/streamed.py"],
     "tensorflow_datasets": ["data/"],
     "grain": ["data/"],
     "ml_collections": ["config/", "cli/"],

@@ -110,7 +110,9 @@ class TrainingRun:
     def restore(self, step: int) -> TrainState:
         """Returns the state of a step, as it is alone on the devices of `setup`."""
         with jax.set_mesh(self.setup.mesh):
-            state = self.checkpoints.restore(step) if step else None
+            # Weights that were converted are a checkpoint of step 0.
+            is_saved = step in self.checkpoints.steps()
+            state = self.checkpoints.restore(step) if is_saved else None
             if state is None:
                 warn_of_lost_checkpoints(self.workdir)
                 return self.setup.init(self.seed)

@@ -57,6 +57,16 @@ class TrainSetup:
             key = jax.random.key(seed)
             return jax.jit(self._init, out_shardings=self.shardings)(key)
 
+    def begin(self, params: nnx.State, router_state: nnx.State) -> TrainState:
+        """Returns a state at step 0 with given weights, whose buffers it takes over."""
+
+        def fresh(params, router_state):
+            return _fresh(params, router_state, self.optimizer)
+
+        with jax.set_mesh(self.mesh):
+            begin = jax.jit(fresh, out_shardings=self.shardings, donate_argnums=(0, 1))
+            return begin(params, router_state)
+
     def _init(self, key: jax.Array) -> TrainState:
         model = Decoder(self.config, rngs=nnx.Rngs(params=key))
         _, params, router_state = split_model(model)

@@ -1,7 +1,8 @@
 """A released model as a `Decoder`: its configuration, and its weights in memory."""
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.families import FAMILIES
 from moejax.interop.hf.family import Family
 from moejax.interop.hf.keys import read_keys
-from moejax.interop.hf.places import arrays_with_tensors, named_arrays
-from moejax.interop.hf.tensors import Target, Tensor
+from moejax.interop.hf.pieces import claim_tensors, filled_arrays, pieces_of
+from moejax.interop.hf.places import named_arrays, shapes_of
+from moejax.interop.hf.quantized import Source
 from moejax.interop.hf.weights import Weights
 from moejax.models import Decoder
 from moejax.paths import resolve_path
@@ -35,6 +37,10 @@ def _read_published(path: Path) -> tuple[Config, Family, Mapping[str, Any]]:
     """Returns the configuration of a `config.json`, its family, and its content."""
     try:
         published = json.loads(path.read_bytes())
+    except PermissionError as error:
+        raise HfError(
+            f"{path} cannot be read (Permission denied); give this user the right to read it"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise HfError(f"{path} cannot be read ({error})") from error
     if not isinstance(published, Mapping):
@@ -55,20 +61,74 @@ def load_model(folder: str | Path) -> Decoder:
     Raises:
       HfError: a folder that holds something else than such a model.
     """
-    folder = resolve_path(folder)
-    config, family, published = _read_published(folder / "config.json")
-    graphdef, params, others = _empty_model(config)
+    checkpoint = open_checkpoint(folder)
+    graphdef, params, others = empty_model(checkpoint.config)
     arrays = named_arrays(params) | named_arrays(others)
-    with Weights(folder) as weights:
-        for name, array, tensors in arrays_with_tensors(config, family, arrays):
-            _fill(Target(name, array), tensors, weights)
-        ignored = [name for name in weights.names if family.is_ignored(name, published)]
-        weights.check_all_used(ignored)
+    sources = checkpoint.claim(named_arrays(params), named_arrays(others))
+    for piece in pieces_of(checkpoint.config, checkpoint.family, shapes_of(arrays)):
+        array = arrays[piece.array]
+        array[piece.place] = piece.to_ours(sources, array.dtype)
     return nnx.merge(graphdef, *jax.tree.map(jax.numpy.asarray, (params, others)))
 
 
-def _empty_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Returns the structure of a model, parameters to be filled, and what else it carries."""
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a released model, of which nothing but `config.json` and headers was read.
+
+    Attributes:
+      folder: the folder.
+      config: of the model.
+      family: of which it is one.
+      published: the content of `config.json`.
+      weights: its tensors.
+    """
+
+    folder: Path
+    config: Config
+    family: Family
+    published: Mapping[str, Any]
+    weights: Weights
+
+    def claim(self, params: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Source]:
+        """Returns all tensors by name, none of which is read yet.
+
+        Args:
+          params: parameters of the model by path, which may be abstract.
+          others: likewise, what else it carries.
+
+        Raises:
+          HfError: tensors that the model has no place for, or lacks.
+        """
+        shapes = shapes_of(params) | shapes_of(others)
+        sources = claim_tensors(self.config, self.family, shapes, self.weights)
+        unfilled = params.keys() - filled_arrays(self.config, self.family, shapes)
+        if unfilled:
+            raise HfError(
+                f"no tensor of {self.family.model_type} fills {sorted(unfilled)[0]} of the model"
+            )
+        names = self.weights.names
+        ignored = [name for name in names if self.family.is_ignored(name, self.published)]
+        self.weights.check_all_used(ignored)
+        return sources
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Reads the configuration of a folder and the headers of its weights.
+
+    Raises:
+      HfError: a folder that holds something else than such a model.
+    """
+    folder = resolve_path(folder)
+    config, family, published = _read_published(folder / "config.json")
+    weights = Weights(folder, published.get("quantization_config"))
+    return Checkpoint(folder, config, family, published, weights)
+
+
+def empty_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Returns the structure of a model, parameters to be filled, and what else it carries.
+
+    Parameters take no memory until they are written.
+    """
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
     graphdef, abstract_params, *_ = nnx.split(abstract, nnx.Param, ...)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_params)
@@ -90,10 +150,3 @@ def _family_of(path: Path, published: Mapping[str, Any]) -> Family:
             f"{nearest(model_type, FAMILIES)}"
         )
     return FAMILIES[model_type]
-
-
-def _fill(target: Target, tensors: Sequence[Tensor], weights: Weights) -> None:
-    for tensor in tensors:
-        values = weights.take(tensor.theirs)
-        target.fill(tensor, values)
-    target.check_filled()

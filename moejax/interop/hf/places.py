@@ -1,7 +1,7 @@
 """Where the arrays of each layer are in a model whose layers are stacked."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,9 @@ from moejax.interop.hf.tensors import Tensor, expand
 
 Arrays = dict[str, np.ndarray]
 """Arrays of a model by path, such as `stacks/0/block/mixer/query`."""
+
+Shapes = dict[str, tuple[int, ...]]
+"""Their shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +33,30 @@ class LayerPlace:
     index: tuple[int, ...]
     num_experts: int
 
-    def arrays_of(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns views of the layer's part of each array, by the path within the layer."""
-        views = {}
-        for name, array in arrays.items():
+    def shapes_of(self, shapes: Shapes) -> Shapes:
+        """Returns the shape of the layer's part of each array, by the path within the layer."""
+        own = {}
+        for name, shape in shapes.items():
             if name.startswith(self.prefix):
-                views[name.removeprefix(self.prefix)] = array[self.index]
-        return views
+                own[name.removeprefix(self.prefix)] = shape[len(self.index) :]
+        return own
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The part of an array that belongs to one layer, or an array outside of the layers.
+
+    Attributes:
+      array: the path of the array.
+      index: of the layer on the leading axes.
+      shape: of the part.
+      tensors: that it is published as, by their complete names.
+    """
+
+    array: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    tensors: Sequence[Tensor]
 
 
 def layer_places(config: Config) -> Iterator[LayerPlace]:
@@ -61,32 +81,37 @@ def named_arrays(state: Any) -> Arrays:
     return arrays
 
 
-def arrays_with_tensors(
-    config: Config, family: Family, arrays: Arrays
-) -> Iterator[tuple[str, np.ndarray, list[Tensor]]]:
-    """Yields each array of a model, layer by layer: its path, a view, and its tensors.
+def shapes_of(arrays: Mapping[str, Any]) -> Shapes:
+    """Returns the shapes of arrays, which may be abstract."""
+    return {name: tuple(array.shape) for name, array in arrays.items()}
+
+
+def parts_of(config: Config, family: Family, shapes: Shapes) -> Iterator[Part]:
+    """Yields each array of a model that has tensors, layer by layer.
 
     Args:
       config: of the model.
       family: whose tables say which tensors.
-      arrays: of the model, by path.
+      shapes: of the model's arrays, by path.
+
+    Raises:
+      HfError: a tensor to which no array belongs.
     """
-    yield from _with_tensors(family.outer, 0, arrays, "")
+    outside = LayerPlace("", (), 0)
+    yield from _parts_in(outside, family.outer, shapes)
     for layer, place in enumerate(layer_places(config)):
         prefix = family.prefix.format(layer=layer)
         tensors = (*family.layer, *(family.moe if place.num_experts else family.dense))
         named = [dataclasses.replace(each, theirs=prefix + each.theirs) for each in tensors]
-        yield from _with_tensors(named, place.num_experts, place.arrays_of(arrays), place.prefix)
+        yield from _parts_in(place, named, place.shapes_of(shapes))
 
 
-def _with_tensors(
-    tensors: Sequence[Tensor], num_experts: int, arrays: Arrays, prefix: str
-) -> Iterator[tuple[str, np.ndarray, list[Tensor]]]:
+def _parts_in(place: LayerPlace, tensors: Sequence[Tensor], shapes: Shapes) -> Iterator[Part]:
     by_array: dict[str, list[Tensor]] = {}
-    present = [tensor for tensor in tensors if tensor.is_among(arrays)]
-    for tensor in expand(present, num_experts):
+    present = [tensor for tensor in tensors if tensor.is_among(shapes)]
+    for tensor in expand(present, place.num_experts):
         by_array.setdefault(tensor.ours, []).append(tensor)
-    for name, parts in by_array.items():
-        if name not in arrays:
-            raise HfError(f"the model has no array {prefix}{name} for {parts[0].theirs}")
-        yield prefix + name, arrays[name], parts
+    for name, own in by_array.items():
+        if name not in shapes:
+            raise HfError(f"the model has no array {place.prefix}{name} for {own[0].theirs}")
+        yield Part(place.prefix + name, place.index, shapes[name], own)

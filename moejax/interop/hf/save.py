@@ -24,7 +24,8 @@ from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.families import FAMILIES
 from moejax.interop.hf.family import Family
 from moejax.interop.hf.keys import read_keys, write_keys
-from moejax.interop.hf.places import Arrays, arrays_with_tensors, named_arrays
+from moejax.interop.hf.pieces import pieces_of
+from moejax.interop.hf.places import Arrays, named_arrays, shapes_of
 from moejax.interop.hf.weights import SINGLE
 from moejax.models import Decoder
 from moejax.paths import replace_file, resolve_path
@@ -89,11 +90,8 @@ def their_tensors(
     config: Config, family: Family, arrays: Arrays
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors that a model's arrays are published as: names and values."""
-    for _, array, tensors in arrays_with_tensors(config, family, arrays):
-        for tensor in tensors:
-            sizes = tensor.sizes_in(array.shape)
-            part = tensor.to_theirs(array[tensor.place()], sizes)
-            yield tensor.theirs, np.ascontiguousarray(part)
+    for piece in pieces_of(config, family, shapes_of(arrays)):
+        yield from piece.to_theirs(arrays[piece.array][piece.place])
 
 
 def published_keys(config: Config, family: Family) -> dict[str, Any]:

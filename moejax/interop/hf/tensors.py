@@ -6,6 +6,7 @@ tensors: gate and up projections of each expert are parts of one array.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 
@@ -56,25 +57,45 @@ class Tensor:
             our_axes=self.our_axes.replace("{expert}", str(expert)),
         )
 
+    @property
+    def expert(self) -> int | None:
+        """The expert of whose part of our array it is; None if it is one of all."""
+        first = self._our_names()[0]
+        return int(first) if first.isdigit() else None
+
     def place(self) -> tuple[int | slice, ...]:
         """Returns which part of our array it is."""
         return tuple(int(axis) if axis.isdigit() else slice(None) for axis in self._our_names())
+
+    def check_shape(self, shape: tuple[int, ...], sizes: Mapping[str, int]) -> None:
+        """Raises `HfError` for a tensor of another shape.
+
+        Args:
+          shape: of theirs.
+          sizes: of our axes by name.
+        """
+        expected = self.their_shape(sizes)
+        if shape != expected:
+            raise HfError(f"{self.theirs} has shape {shape}; by config.json it must be {expected}")
+
+    def rows_of_first(self, sizes: Mapping[str, int]) -> int:
+        """Returns how many of their rows belong to an index of our first axis.
+
+        Returns:
+          0 where rows are in another order than ours.
+        """
+        first, *others = self._their_groups()[0]
+        if first != self._our_names()[0]:
+            return 0
+        return math.prod(sizes[name] for name in others)
 
     def to_ours(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """Returns the tensor as the part of our array.
 
         Args:
-          tensor: theirs.
+          tensor: theirs, of their shape.
           sizes: of our axes by name.
-
-        Raises:
-          HfError: a tensor of another shape.
         """
-        expected = self.their_shape(sizes)
-        if tensor.shape != expected:
-            raise HfError(
-                f"{self.theirs} has shape {tensor.shape}; by config.json it must be {expected}"
-            )
         pattern = f"{self.their_axes} -> {self._free_axes()}"
         return einops.rearrange(tensor, pattern, **self._named(sizes))
 
@@ -87,15 +108,19 @@ class Tensor:
         """Returns the shape of their tensor."""
         sizes = {"1": 1, **sizes}
         shape = []
-        for group in re.findall(r"\([^)]*\)|\S+", self.their_axes):
-            names = group.strip("()").split()
-            shape.append(int(np.prod([sizes[name] for name in names])))
+        for names in self._their_groups():
+            shape.append(math.prod(sizes[name] for name in names))
         return tuple(shape)
 
     def sizes_in(self, shape: tuple[int, ...]) -> dict[str, int]:
         """Returns the sizes of our axes by name, from the shape of our array."""
         pairs = zip(self._our_names(), shape, strict=True)
         return {name: size for name, size in pairs if not INDEX.fullmatch(name)}
+
+    def _their_groups(self) -> list[list[str]]:
+        """Returns the names that make each of their axes."""
+        groups = re.findall(r"\([^)]*\)|\S+", self.their_axes)
+        return [group.strip("()").split() for group in groups]
 
     def _our_names(self) -> list[str]:
         return self.our_axes.split()
@@ -122,32 +147,3 @@ def expand(tensors: Sequence[Tensor], num_experts: int) -> Iterator[Tensor]:
 def only_with(ours: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns tensors that are there only with an array of ours."""
     return tuple(dataclasses.replace(tensor, only_with=ours) for tensor in tensors)
-
-
-class Target:
-    """An array of ours that is filled from tensors.
-
-    Args:
-      name: for messages.
-      array: in which a part for each tensor is filled.
-    """
-
-    def __init__(self, name: str, array: np.ndarray):
-        self.name = name
-        self._array = array
-        self._num_filled = 0
-
-    def fill(self, tensor: Tensor, values: np.ndarray) -> None:
-        """Fills the part of the array that a tensor is."""
-        sizes = tensor.sizes_in(self._array.shape)
-        part = tensor.to_ours(values, sizes)
-        self._array[tensor.place()] = part
-        self._num_filled += part.size
-
-    def check_filled(self) -> None:
-        """Raises `HfError` unless as many numbers were filled as there are."""
-        if self._num_filled != self._array.size:
-            raise HfError(
-                f"{self.name} was filled with {self._num_filled} of {self._array.size} numbers: "
-                "the family's table of tensors does not cover it once"
-            )

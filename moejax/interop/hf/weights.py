@@ -1,21 +1,25 @@
-"""The tensors of a folder of safetensors files, each of which must be used exactly once."""
+"""Tensors in safetensors files, read without running anything that is in them.
 
-import contextlib
+A tensor is found in the header of its file and read from there, all of it or some rows, so that a
+checkpoint of any size takes no more memory than what is asked for. Weights that are stored in
+blocks with scales (`quantized`) are one tensor here.
+"""
+
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.quantized import Source, join_quantized
+from moejax.interop.hf.stored import StoredTensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLOATS = tuple(np.dtype(each) for each in (np.float32, ml_dtypes.bfloat16, np.float16))
-"""The types of weights that are read."""
+FLOATS = ("F32", "BF16", "F16")
+"""The types of weights that are read as they are."""
 
 
 class Weights:
@@ -23,57 +27,45 @@ class Weights:
 
     Args:
       folder: with `model.safetensors`, or with an index and the files that it names.
+      quantization: `quantization_config` of its `config.json`; None where weights are plain.
 
     Raises:
       HfError: no such files, one that is damaged, or files that the index does not describe.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, quantization: Mapping[str, Any] | None = None):
         self._folder = folder
-        self._files: dict[str, Any] = {}
-        self._open = contextlib.ExitStack()
-        self._file_of = self._read_names()
-        self._unused = set(self._file_of)
-
-    def __enter__(self) -> "Weights":
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._open.close()
+        self._sources: dict[str, Source] = join_quantized(self._read_names(), quantization)
+        self._unused = set(self._sources)
 
     @property
     def names(self) -> Collection[str]:
         """The names of all tensors."""
-        return self._file_of.keys()
+        return self._sources.keys()
 
-    def take(self, name: str) -> np.ndarray:
-        """Returns a tensor, which may be taken once.
+    def source(self, name: str) -> Source:
+        """Returns one of the tensors, without claiming it."""
+        return self._sources[name]
+
+    def claim(self, name: str) -> Source:
+        """Returns a tensor that is not read yet, and may be claimed once.
 
         Raises:
-          HfError: there is none of that name, or it was taken before.
+          HfError: there is none of that name, it was claimed before, or its type is none of
+            weights.
         """
-        if name not in self._file_of:
+        if name not in self._sources:
             raise HfError(f"{self._folder} has no tensor {name}, which its config.json asks for")
         if name not in self._unused:
             raise HfError(f"the tensor {name} would be used twice")
         self._unused.remove(name)
-        file_name = self._file_of[name]
-        try:
-            tensor = self._files[file_name].get_tensor(name)
-        except (SafetensorError, AttributeError, TypeError) as error:
-            path = self._folder / file_name
-            raise HfError(f"{name} of {path} cannot be read ({_line(error)})") from error
-        if tensor.dtype not in FLOATS:
-            raise HfError(
-                f"{name} has the type {tensor.dtype}; weights must be "
-                f"{', '.join(str(dtype) for dtype in FLOATS)}"
-            )
-        if not np.isfinite(tensor).all():
-            raise HfError(f"{name} holds values that are not finite; get the files again")
-        return tensor
+        source = self._sources[name]
+        if isinstance(source, StoredTensor) and source.type not in FLOATS:
+            raise HfError(f"{name} has the type {source.type}; weights must be {', '.join(FLOATS)}")
+        return source
 
     def check_all_used(self, ignored: Collection[str] = ()) -> None:
-        """Raises `HfError` if a tensor was not taken, but for those that are ignored."""
+        """Raises `HfError` if a tensor was not claimed, but for those that are ignored."""
         left = sorted(self._unused - set(ignored))
         if left:
             shown = ", ".join(left[:5])
@@ -82,19 +74,20 @@ class Weights:
                 f"{self._folder} has tensors that the model has no place for: {shown}{more}"
             )
 
-    def _read_names(self) -> dict[str, str]:
-        """Returns the file of each tensor."""
+    def _read_names(self) -> dict[str, StoredTensor]:
+        """Returns where each tensor is."""
         if not (self._folder / INDEX).exists():
             if not (self._folder / SINGLE).exists():
                 raise HfError(self._missing())
-            return dict.fromkeys(self._names_in(SINGLE), SINGLE)
+            return self._read_header(SINGLE)
         file_of = self._read_index()
-        found = {}
+        found: dict[str, StoredTensor] = {}
         for file_name in sorted(set(file_of.values())):
-            for name in self._names_in(file_name):
+            tensors = self._read_header(file_name)
+            for name in tensors:
                 if file_of.get(name) != file_name:
                     raise HfError(f"{name} is in {file_name}, and {INDEX} does not say so")
-                found[name] = file_name
+            found |= tensors
         files = {path.name for path in self._folder.glob("*.safetensors")}
         for file_name in sorted(files - set(file_of.values())):
             raise HfError(
@@ -109,6 +102,8 @@ class Weights:
         try:
             file_of = json.loads(path.read_bytes())["weight_map"]
             is_map = all(isinstance(name, str) for name in file_of.values())
+        except PermissionError as error:
+            raise HfError(_forbidden(path)) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise HfError(f"{path} is damaged ({_line(error)}); get it again") from error
         if not is_map:
@@ -118,15 +113,32 @@ class Weights:
                 raise HfError(f"{path} names the file {file_name!r}, which is no file beside it")
         return file_of
 
-    def _names_in(self, file_name: str) -> list[str]:
+    def _read_header(self, file_name: str) -> dict[str, StoredTensor]:
+        """Returns the tensors of a file, whose header the library finds to be in order."""
         path = self._folder / file_name
         if not path.exists():
             raise HfError(f"{path} is missing, and {INDEX} names it; get it again")
         try:
-            self._files[file_name] = self._open.enter_context(safe_open(path, "numpy"))
-        except (SafetensorError, OSError) as error:
+            with safe_open(path, "numpy"):
+                pass
+            with path.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(header_bytes))
+        except PermissionError as error:
+            raise HfError(_forbidden(path)) from error
+        except (SafetensorError, OSError, ValueError) as error:
             raise HfError(f"{path} is damaged ({_line(error)}); get it again") from error
-        return list(self._files[file_name].keys())
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            tensors[name] = StoredTensor(
+                name=name,
+                path=path,
+                type=entry["dtype"],
+                shape=tuple(entry["shape"]),
+                offset=8 + header_bytes + entry["data_offsets"][0],
+            )
+        return tensors
 
     def _missing(self) -> str:
         pickles = sorted(path.name for path in self._folder.glob("*.bin"))
@@ -136,6 +148,10 @@ class Weights:
                 "in it; get the model's safetensors files"
             )
         return f"{self._folder} has neither {SINGLE} nor {INDEX}"
+
+
+def _forbidden(path: Path) -> str:
+    return f"{path} cannot be read (Permission denied); give this user the right to read it"
 
 
 def _line(error: Exception) -> str:

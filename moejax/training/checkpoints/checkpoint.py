@@ -23,6 +23,7 @@ from moejax.training.checkpoints.digests import digest_arrays
 from moejax.training.checkpoints.failed_reads import quiet_reads
 from moejax.training.checkpoints.messages import reason_of, rights_or_copy, unreadable
 from moejax.training.checkpoints.meta import (
+    MODEL_FIELDS,
     CheckpointError,
     DamageError,
     add_metrics,
@@ -35,13 +36,12 @@ from moejax.training.checkpoints.meta import (
     read_notes,
     saved_steps,
     seal,
+    split_items,
     tokenizer_digests,
 )
 from moejax.training.multihost.processes import is_first, wait_for_all
 from moejax.training.run_directory.changes import first_change
 from moejax.training.state import TrainSetup, TrainState
-
-MODEL_FIELDS = ("params", "router_state")
 
 log = logging.getLogger("moejax")
 
@@ -133,7 +133,7 @@ class Checkpoints:
     ) -> bool:
         """Hands the items of a checkpoint to orbax; returns whether it began to save them."""
         arrays = named_arrays(state)
-        model, optimizer = _split(arrays)
+        model, optimizer = split_items(arrays)
         meta = {
             "step": int(state.step),
             "manifest": manifest(state),
@@ -183,6 +183,8 @@ class Checkpoints:
     def restore(self, step: int | None = None) -> TrainState | None:
         """Returns the state of a step, or of the newest complete one; None if there is none.
 
+        A checkpoint of weights alone begins training: its optimizer is a fresh one.
+
         Raises:
           CheckpointError: the step does not exist, is damaged, or differs from what the
             configuration describes.
@@ -190,9 +192,17 @@ class Checkpoints:
         step = self._choose(step)
         if step is None:
             return None
+        if not self._has_optimizer(step):
+            _, params, router_state = self.restore_model(step)
+            return self.setup.begin(params, router_state)
         arrays = self._read(step, ("model", "optimizer"))
         structure = jax.tree.structure(self.setup.abstract)
         return jax.tree.unflatten(structure, arrays.values())
+
+    def _has_optimizer(self, step: int) -> bool:
+        """Whether a step holds the optimizer's arrays: weights of others come without."""
+        _, optimizer = split_items(self._read_meta(step)["manifest"])
+        return bool(optimizer)
 
     def notes(self, step: int) -> dict[str, Any]:
         """Returns what was noted with a step."""
@@ -264,7 +274,7 @@ class Checkpoints:
                 raise self._unreadable(step, DamageError("it is not a complete checkpoint"))
 
     def _check_saved(self, step: int) -> None:
-        model, optimizer = _split(named_arrays(self.setup.abstract))
+        model, optimizer = split_items(named_arrays(self.setup.abstract))
         try:
             check_saved(self.folder / str(step), {"model": set(model), "optimizer": set(optimizer)})
         except Exception as error:  # tensorstore raises many kinds
@@ -296,12 +306,16 @@ class Checkpoints:
     def _read_verified(self, step: int, items: tuple[str, ...]) -> dict[str, jax.Array]:
         """Reads items of a step, and compares them with what was written and what is expected."""
         folder = self.folder / str(step)
-        model, optimizer = _split(_abstract_arrays(self.setup))
+        model, optimizer = split_items(_abstract_arrays(self.setup))
         expected = {"model": model, "optimizer": optimizer}
         args = {item: ocp.args.StandardRestore(expected[item]) for item in items}
         with quiet_reads():
             meta = read_meta(folder)
-            compare_manifests(meta["manifest"], manifest(self.setup.abstract), folder)
+            wanted = manifest(self.setup.abstract)
+            _, optimizer_arrays = split_items(meta["manifest"])
+            if not optimizer_arrays:
+                wanted, _ = split_items(wanted)
+            compare_manifests(meta["manifest"], wanted, folder)
             self._compare_config(meta["config"], folder)
             self._compare_tokenizer(meta["tokenizer"], folder)
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -350,7 +364,8 @@ class Checkpoints:
             )
 
     def _compare_tokenizer(self, saved: Mapping[str, str], folder: Path) -> None:
-        if saved != tokenizer_digests(self.workdir):
+        # Converted weights may come without a tokenizer.
+        if saved and saved != tokenizer_digests(self.workdir):
             raise CheckpointError(
                 f"{folder} was saved with another tokenizer than {self.workdir}/tokenizer.*; "
                 "restore those files, or start a new run in another --workdir"
@@ -376,14 +391,3 @@ def _abstract_arrays(setup: TrainSetup) -> dict[str, jax.ShapeDtypeStruct]:
     for name, array in named_arrays(setup.abstract).items():
         arrays[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=shardings[name])
     return arrays
-
-
-def _split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the arrays of the item `model` and those of the item `optimizer`."""
-    model: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
-    for name, array in arrays.items():
-        field, _, _ = name.partition("/")
-        item = model if field in MODEL_FIELDS else optimizer
-        item[name] = array
-    return model, optimizer

@@ -20,7 +20,7 @@ A digest finds damage. It is no protection against someone who changes checkpoin
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -70,11 +70,37 @@ def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
         for part, sums_2 in zip(parts, sums_of_parts, strict=True):
             row = row_of_name[part.name]
             own_sums_A2[row] += sums_2
-    sums_A2 = _add_processes(own_sums_A2).tolist()
-    digests = {}
-    for name, (first, second) in zip(arrays, sums_A2, strict=True):
-        digests[name] = f"{first:08x}{second:08x}"
-    return digests
+    sums_A2 = _add_processes(own_sums_A2)
+    return {name: digest_of(sums_2) for name, sums_2 in zip(arrays, sums_A2, strict=True)}
+
+
+def digest_of(sums_2: np.ndarray) -> str:
+    """Returns the digest of an array whose regions have these sums."""
+    first, second = sums_2.tolist()
+    return f"{first:08x}{second:08x}"
+
+
+def sums_of_region(
+    place: Sequence[int | slice], shape: tuple[int, ...], values: np.ndarray
+) -> np.ndarray:
+    """Returns what a region contributes to the digest of its array, uint32 [2].
+
+    Sums of regions that make up the array, added modulo 2^32, are those of the array.
+
+    Args:
+      place: of the region in the array.
+      shape: of the array.
+      values: of the region.
+    """
+    missing = len(shape) - len(place)
+    everywhere = (*place, *[slice(None)] * missing)
+    slices = []
+    for index in everywhere:
+        is_one = isinstance(index, int)
+        slices.append(slice(index, index + 1) if is_one else index)
+    sizes = [len(range(*each.indices(size))) for each, size in zip(slices, shape, strict=True)]
+    part = _Part("", tuple(slices), shape, np.ascontiguousarray(values).reshape(sizes))
+    return _weighted_sums(part)
 
 
 def _add_processes(sums_A2: np.ndarray) -> np.ndarray:

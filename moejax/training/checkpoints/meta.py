@@ -29,6 +29,9 @@ from moejax.training.state import TrainState
 FILE = "meta/metadata"  # where orbax keeps a JSON item of that name
 METRICS_FILE = "metrics/metrics"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+MODEL_FIELDS = ("params", "router_state")
+"""What the item `model` holds of a state; the item `optimizer` holds the rest."""
+
 OLD_KEYS = {"manifest", "config", "tokenizer", "notes"}
 KEYS = {*OLD_KEYS, "step", "digests", "metrics", "digest"}
 
@@ -236,6 +239,17 @@ def named_arrays(state: TrainState) -> dict[str, Any]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         arrays[name.removesuffix("/value")] = array
     return arrays
+
+
+def split_items(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arrays of the item `model` and those of the item `optimizer`."""
+    model: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    for name, array in arrays.items():
+        field, _, _ = name.partition("/")
+        item = model if field in MODEL_FIELDS else optimizer
+        item[name] = array
+    return model, optimizer
 
 
 def _describe(entry: Mapping[str, Any] | None) -> str:

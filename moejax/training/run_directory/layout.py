@@ -117,7 +117,11 @@ def check_path(workdir: Path) -> None:
 
 
 def write_run_directory(
-    workdir: Path, config: Config, parameters: ParameterCount, corpus: str, command: str
+    workdir: Path,
+    config: Config,
+    parameters: ParameterCount,
+    corpus: str | None,
+    command: str,
 ) -> None:
     """Creates the directory if need be and writes `config.json`.
 
@@ -125,7 +129,8 @@ def write_run_directory(
       workdir: the run directory.
       config: of the run.
       parameters: of its model.
-      corpus: identifies the prepared rows; a run is continued only on the rows it began with.
+      corpus: identifies the prepared rows; a run is continued only on the rows it began with. None:
+        it has none yet, for its weights were converted.
       command: the command that trains it.
 
     Raises:
@@ -133,12 +138,13 @@ def write_run_directory(
     """
     path = workdir / "config.json"
     _check_numerics(workdir)
-    _check_corpus(workdir, corpus)
+    if corpus is not None:
+        _check_corpus(workdir, corpus)
     device = jax.devices()[0]
     content = {
         "config": to_dict(config),
         "corpus": corpus,
-        "text": record_text(config.data, corpus),
+        "text": None if corpus is None else record_text(config.data, corpus),
         "parameters": dataclasses.asdict(parameters),
         "versions": versions(),
         "git_commit": git_commit(),

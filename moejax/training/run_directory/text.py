@@ -70,6 +70,9 @@ def open_run_corpus(
     given = (places or TextPlaces()).said()
     config_data = read_config(workdir).data
     record = RunDirectory(workdir).read_facts()
+    if record.get("corpus", "") is None:
+        # Converted weights, which saw no rows: any text may be evaluated.
+        return prepare(_with_places(config_data, given), tokenizer)
     corpus = record.get("corpus")
     if not isinstance(corpus, str):
         raise DataError(
@@ -78,14 +81,7 @@ def open_run_corpus(
         )
     recorded = _trusted_places(config_data, record.get("text"), corpus)
     known = (recorded or {}) | given
-    default = {"directory": DataConfig().directory, "files": "", "source_dir": ""}
-    place = default | known
-    data = dataclasses.replace(
-        config_data,
-        directory=place["directory"],
-        files=place["files"],
-        source_dir=place["source_dir"],
-    )
+    data = _with_places(config_data, known)
     rows = find_rows(data, corpus, tokenizer)
     if rows is not None:
         log.info("rows: %s", rows.directory)
@@ -93,6 +89,12 @@ def open_run_corpus(
     _check_known(workdir, data, corpus, known)
     log.info("the run's rows %s are not in %s and are prepared there", corpus, data.directory)
     return prepare(data, tokenizer, only=corpus)
+
+
+def _with_places(data: DataConfig, known: dict[str, str]) -> DataConfig:
+    """Returns where the text is, as far as that is known; otherwise the default folder of rows."""
+    places = dataclasses.asdict(TextPlaces(directory=DataConfig().directory)) | known
+    return dataclasses.replace(data, **places)
 
 
 def _trusted_places(data: DataConfig, record: Any, corpus: str) -> dict[str, str] | None:

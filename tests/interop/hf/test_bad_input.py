@@ -135,7 +135,7 @@ def test_weights_that_are_no_numbers_or_of_another_type_are_named(folder):
     change_tensors(folder, model__norm__weight=bad)
     assert "model.norm.weight holds values that are not finite" in refusal(folder)
     change_tensors(folder, model__norm__weight=np.ones(64, np.int32))
-    assert "model.norm.weight has the type int32" in refusal(folder)
+    assert "model.norm.weight has the type I32" in refusal(folder)
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "empty", "garbage"])

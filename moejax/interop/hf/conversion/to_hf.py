@@ -1,0 +1,327 @@
+"""A run's checkpoint in the Hugging Face layout: `config.json`, safetensors files and an index.
+
+The weights go piece by piece into files of at most `FILE_BYTES`. What is under way is in
+`converting/` of the folder, which has no `config.json` before the end.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import moejax
+from moejax.config import Config, resolve_recorded
+from moejax.interop.hf.conversion.journal import Journal
+from moejax.interop.hf.conversion.texts import SOURCE_FOLDER, TEXTS, read_types
+from moejax.interop.hf.conversion.to_run import (
+    COMPLETE,
+    STAGING,
+    Progress,
+    check_empty,
+    move_all,
+    num_threads,
+)
+from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.families import FAMILIES
+from moejax.interop.hf.family import Family
+from moejax.interop.hf.load import empty_model
+from moejax.interop.hf.pieces import Piece, pieces_of
+from moejax.interop.hf.places import named_arrays, shapes_of
+from moejax.interop.hf.save import published_keys
+from moejax.interop.hf.stored import DTYPES
+from moejax.interop.hf.weights import INDEX, SINGLE
+from moejax.locks import FolderLock
+from moejax.paths import replace_file
+from moejax.training.checkpoints.checkpoint import CheckpointError
+from moejax.training.checkpoints.digests import digest_of, sums_of_region
+from moejax.training.checkpoints.meta import DamageError, read_meta, saved_steps
+from moejax.training.checkpoints.streamed import StreamedCheckpoint
+from moejax.training.run_directory.layout import read_config
+
+FILE_BYTES = 2**28
+"""Size of a file, unless a tensor alone is larger."""
+
+KEPT = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id", "torch_dtype")
+"""Keys of a released model's `config.json` that say nothing of what it computes, and are kept."""
+
+NO_SUMS = np.zeros(2, np.uint32)
+"""What no region contributes to a digest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One of the safetensors files.
+
+    Attributes:
+      name: of the file.
+      pieces: whose tensors it holds.
+    """
+
+    name: str
+    pieces: Sequence[Piece]
+
+
+def convert_to_hf(
+    workdir: Path, folder: Path, *, model_type: str = "", step: int | None = None
+) -> Family:
+    """Writes a checkpoint of a run in the Hugging Face layout.
+
+    A conversion that was interrupted goes on where it stopped; nothing else may be in `folder`.
+
+    Args:
+      workdir: the run directory.
+      folder: is made.
+      model_type: of the family, such as "mixtral"; by default the one it was converted from, or
+        the first that fits.
+      step: a saved step; None takes the newest.
+
+    Returns:
+      The family.
+
+    Raises:
+      HfError: a model that is none of the family, or a folder that holds something.
+      CheckpointError: no such checkpoint, or it is damaged.
+      LockedError: another process writes there.
+    """
+    run = _open_run(workdir, step)
+    family = choose_family(run.config, model_type, _published_by(workdir))
+    keys = published_keys(run.config, family)
+    check_empty(folder, "--to_hf")
+    with FolderLock(folder, "convert"):
+        export = _Export(run, family, folder)
+        try:
+            export.run()
+        except (HfError, CheckpointError):  # it would fail again
+            shutil.rmtree(folder / STAGING)
+            raise
+        export.finish(keys)
+    (folder / ".lock").unlink(missing_ok=True)
+    return family
+
+
+def choose_family(config: Config, model_type: str, source: Mapping[str, Any]) -> Family:
+    """Returns the family as which a model is written.
+
+    Args:
+      config: of the model.
+      model_type: of the family that is asked for; "" for any that fits.
+      source: `config.json` of the released model that it was converted from; empty if none.
+
+    Raises:
+      HfError: an unknown family, or none fits.
+    """
+    if model_type and model_type not in FAMILIES:
+        raise HfError(f"--family={model_type} is not known; the families are {', '.join(FAMILIES)}")
+    wanted = model_type or str(source.get("model_type", ""))
+    if wanted in FAMILIES:
+        published_keys(config, FAMILIES[wanted])
+        return FAMILIES[wanted]
+    for family in FAMILIES.values():
+        try:
+            published_keys(config, family)
+        except ValueError:
+            continue
+        return family
+    raise HfError("the model is one of no family; --family=NAME says why it is not of that one")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A checkpoint of a run, of which no array was read.
+
+    Attributes:
+      workdir: the run directory.
+      config: of the run.
+      step: of the checkpoint.
+      meta: what it says of itself.
+    """
+
+    workdir: Path
+    config: Config
+    step: int
+    meta: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint."""
+        return self.workdir / "checkpoints" / str(self.step)
+
+
+def _open_run(workdir: Path, step: int | None) -> _Run:
+    read_config(workdir)  # refuses what is no run
+    steps = saved_steps(workdir)
+    if not steps:
+        raise CheckpointError(f"{workdir} holds no checkpoint; train the run first")
+    chosen = steps[-1] if step is None else step
+    if chosen not in steps:
+        raise CheckpointError(f"{workdir} holds no step {chosen}; it holds {steps}")
+    folder = workdir / "checkpoints" / str(chosen)
+    try:
+        meta = read_meta(folder)
+    except (DamageError, OSError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}); use another --step") from error
+    return _Run(workdir, resolve_recorded(meta["config"]), chosen, meta)
+
+
+def _published_by(workdir: Path) -> Mapping[str, Any]:
+    """Returns `config.json` of the released model that a run was converted from; empty if none."""
+    path = workdir / SOURCE_FOLDER / "config.json"
+    if not path.is_file():
+        return {}
+    published = json.loads(path.read_bytes())
+    return published if isinstance(published, dict) else {}
+
+
+class _Export:
+    """A conversion under way.
+
+    Args:
+      source: what is converted.
+      family: as which it is written.
+      folder: that this process has locked.
+    """
+
+    def __init__(self, source: _Run, family: Family, folder: Path):
+        self.source = source
+        self.folder = folder
+        self.staging = folder / STAGING
+        _, params, others = empty_model(source.config)
+        arrays = named_arrays(params) | named_arrays(others)
+        self.field_of = dict.fromkeys(named_arrays(params), "params")
+        self.shapes = shapes_of(arrays)
+        self.types = read_types(source.workdir / SOURCE_FOLDER)
+        self.files = _files(list(pieces_of(source.config, family, self.shapes)), self.dtype)
+
+    def dtype(self, tensor: str) -> np.dtype:
+        """Returns the type that a tensor is written with: as it was released, or float32."""
+        return DTYPES.get(self.types.get(tensor, "F32"), np.dtype(np.float32))
+
+    def run(self) -> None:
+        """Writes all files that are not written yet, and compares the digests of all arrays."""
+        self.staging.mkdir(exist_ok=True)
+        journal = Journal(self.staging / "journal.jsonl", self._identity())
+        if not journal.done:
+            (self.staging / COMPLETE).unlink(missing_ok=True)
+        if (self.staging / COMPLETE).exists():
+            return
+        stored = StreamedCheckpoint(self.source.folder)
+        total = sum(_num_bytes(piece, self.dtype) for file in self.files for piece in file.pieces)
+        progress = Progress(total)
+        left = [number for number in range(len(self.files)) if number not in journal.done]
+
+        def write(number: int) -> dict[str, list[int]]:
+            return self._write(self.files[number], stored)
+
+        with ThreadPoolExecutor(num_threads()) as pool:
+            for number, note in zip(left, pool.map(write, left), strict=True):
+                journal.add([(number, note)])
+                file = self.files[number]
+                progress.add(sum(_num_bytes(piece, self.dtype) for piece in file.pieces))
+        journal.close()
+        self._compare(journal.done.values())
+        (self.staging / COMPLETE).touch()
+
+    def finish(self, keys: Mapping[str, Any]) -> None:
+        """Moves the files to their place; `config.json`, which makes it a model, comes last."""
+        move_all(self.staging, self.folder, [file.name for file in self.files])
+        if len(self.files) > 1:
+            replace_file(self.folder / INDEX, json.dumps(self._index(), indent=1).encode())
+        published = _published_by(self.source.workdir)
+        texts = self.source.workdir / SOURCE_FOLDER
+        for name in TEXTS:
+            if name != "config.json" and (texts / name).is_file():
+                shutil.copyfile(texts / name, self.folder / name)
+        kept = {key: published[key] for key in KEPT if key in published}
+        content = json.dumps({**keys, **kept}, indent=2)
+        shutil.rmtree(self.staging)
+        replace_file(self.folder / "config.json", content.encode())
+
+    def _write(self, file: File, stored: StreamedCheckpoint) -> dict[str, list[int]]:
+        """Writes a file; returns what its pieces contribute to the digests of arrays."""
+        tensors: dict[str, np.ndarray] = {}
+        sums: dict[str, np.ndarray] = {}
+        for piece in file.pieces:
+            values = stored.read(self._name(piece.array), piece.place)
+            for name, tensor in piece.to_theirs(values):
+                tensors[name] = tensor.astype(self.dtype(name), copy=False)
+            added = sums_of_region(piece.place, self.shapes[piece.array], values)
+            sums[piece.array] = sums.get(piece.array, NO_SUMS) + added
+        path = self.staging / file.name
+        save_file(tensors, path, metadata={"format": "pt"})
+        os.chmod(path, 0o644)  # the library makes files private
+        _sync(path)
+        return {name: each.tolist() for name, each in sums.items()}
+
+    def _compare(self, sums_of_files: Iterable[Mapping[str, list[int]]]) -> None:
+        """Raises `CheckpointError` if an array is not what was saved."""
+        sums: dict[str, np.ndarray] = {}
+        for sums_of_file in sums_of_files:
+            for array, values in sums_of_file.items():
+                sums[array] = sums.get(array, NO_SUMS) + np.array(values, np.uint32)
+        digests = self.source.meta.get("digests", {})
+        for array, own_sums in sums.items():
+            saved = digests.get(self._name(array))
+            if saved is not None and saved != digest_of(own_sums):
+                raise CheckpointError(
+                    f"{self.source.folder}: {array} differs from the digest saved with it; use "
+                    "another --step, or a copy of the run"
+                )
+
+    def _index(self) -> dict[str, Any]:
+        file_of = {}
+        total = 0
+        for file in self.files:
+            for piece in file.pieces:
+                total += _num_bytes(piece, self.dtype)
+                file_of |= dict.fromkeys(piece.shapes(), file.name)
+        return {"metadata": {"total_size": total}, "weight_map": file_of}
+
+    def _identity(self) -> dict[str, Any]:
+        """Returns what tells one conversion from another."""
+        meta = json.dumps(self.source.meta, sort_keys=True).encode()
+        return {
+            "moejax": moejax.__version__,
+            "checkpoint": hashlib.sha256(meta).hexdigest(),
+            "files": [file.name for file in self.files],
+        }
+
+    def _name(self, array: str) -> str:
+        """Returns what the checkpoint calls an array of the model."""
+        return f"{self.field_of.get(array, 'router_state')}/{array}"
+
+
+def _files(pieces: Sequence[Piece], dtype: Any) -> list[File]:
+    """Divides pieces into files, named as such files are."""
+    groups: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        num_bytes = _num_bytes(piece, dtype)
+        if groups[-1] and size + num_bytes > FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += num_bytes
+    if len(groups) == 1:
+        return [File(SINGLE, groups[0])]
+    total = len(groups)
+    names = [f"model-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)]
+    return [File(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _num_bytes(piece: Piece, dtype: Any) -> int:
+    """Returns the size of a piece's tensors."""
+    sizes = [int(np.prod(shape)) * dtype(name).itemsize for name, shape in piece.shapes().items()]
+    return sum(sizes)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
