@@ -14,11 +14,11 @@ from moejax.config import Config, nearest, resolve
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.families import FAMILIES
 from moejax.interop.hf.family import Family
+from moejax.interop.hf.files.quantized import Source
+from moejax.interop.hf.files.weights import Weights
 from moejax.interop.hf.keys import read_keys
 from moejax.interop.hf.pieces import claim_tensors, filled_arrays, pieces_of
 from moejax.interop.hf.places import named_arrays, shapes_of
-from moejax.interop.hf.quantized import Source
-from moejax.interop.hf.weights import Weights
 from moejax.models import Decoder
 from moejax.paths import resolve_path
 

@@ -13,10 +13,10 @@ import numpy as np
 from moejax.config import Config
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.family import Family
+from moejax.interop.hf.files.quantized import Source
+from moejax.interop.hf.files.weights import Weights
 from moejax.interop.hf.places import Part, Shapes, parts_of
-from moejax.interop.hf.quantized import Source
 from moejax.interop.hf.tensors import Tensor
-from moejax.interop.hf.weights import Weights
 
 PIECE_BYTES = 2**25
 """From which size on a tensor is read in several pieces, in bytes of float32."""

@@ -23,10 +23,10 @@ from moejax.config import (
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.families import FAMILIES
 from moejax.interop.hf.family import Family
+from moejax.interop.hf.files.weights import SINGLE
 from moejax.interop.hf.keys import read_keys, write_keys
 from moejax.interop.hf.pieces import pieces_of
 from moejax.interop.hf.places import Arrays, named_arrays, shapes_of
-from moejax.interop.hf.weights import SINGLE
 from moejax.models import Decoder
 from moejax.paths import replace_file, resolve_path
 

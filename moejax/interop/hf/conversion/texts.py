@@ -8,8 +8,8 @@ import json
 import shutil
 from pathlib import Path
 
+from moejax.interop.hf.files.stored import StoredTensor
 from moejax.interop.hf.load import Checkpoint
-from moejax.interop.hf.stored import StoredTensor
 
 SOURCE_FOLDER = "hf"
 TYPES_FILE = "types.json"

@@ -32,12 +32,12 @@ from moejax.interop.hf.conversion.to_run import (
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.families import FAMILIES
 from moejax.interop.hf.family import Family
+from moejax.interop.hf.files.stored import DTYPES
+from moejax.interop.hf.files.weights import INDEX, SINGLE
 from moejax.interop.hf.load import empty_model
 from moejax.interop.hf.pieces import Piece, pieces_of
 from moejax.interop.hf.places import named_arrays, shapes_of
 from moejax.interop.hf.save import published_keys
-from moejax.interop.hf.stored import DTYPES
-from moejax.interop.hf.weights import INDEX, SINGLE
 from moejax.locks import FolderLock
 from moejax.paths import replace_file
 from moejax.training.checkpoints.checkpoint import CheckpointError

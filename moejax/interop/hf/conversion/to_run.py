@@ -21,10 +21,10 @@ from moejax.config import to_dict
 from moejax.interop.hf.conversion.journal import Journal
 from moejax.interop.hf.conversion.texts import SOURCE_FOLDER, keep_texts
 from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.files.quantized import Source
 from moejax.interop.hf.load import Checkpoint, empty_model, open_checkpoint
 from moejax.interop.hf.pieces import PIECE_BYTES, Piece, filled_arrays, pieces_of
 from moejax.interop.hf.places import Arrays, named_arrays, shapes_of
-from moejax.interop.hf.quantized import Source
 from moejax.locks import FolderLock
 from moejax.models.parameters import count_parameters
 from moejax.training.checkpoints.digests import digest_of, sums_of_region

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from moejax.interop.hf.errors import HfError
-from moejax.interop.hf.stored import StoredTensor
+from moejax.interop.hf.files.stored import StoredTensor
 
 BLOCKS, SCALES = "_blocks", "_scales"
 SCALE_INVERSE = "_scale_inv"

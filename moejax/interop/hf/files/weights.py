@@ -13,8 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from moejax.interop.hf.errors import HfError
-from moejax.interop.hf.quantized import Source, join_quantized
-from moejax.interop.hf.stored import StoredTensor
+from moejax.interop.hf.files.quantized import Source, join_quantized
+from moejax.interop.hf.files.stored import StoredTensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
