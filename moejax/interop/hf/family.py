@@ -29,6 +29,8 @@ class Family:
       prefix: of the names of a layer's tensors.
       is_ignored: whether a tensor, by its name and the content of `config.json`, says nothing of
         how a text is evaluated.
+      shared_beside: whether the reference's module of experts is without the shared one, which it
+        adds after it; only arrays `mlp_out` of a reference file depend on it.
     """
 
     model_type: str
@@ -40,3 +42,4 @@ class Family:
     moe: tuple[Tensor, ...]
     prefix: str = "model.layers.{layer}."
     is_ignored: Callable[[str, Mapping[str, Any]], bool] = _is_frequency
+    shared_beside: bool = False

@@ -32,4 +32,5 @@ FAMILY = Family(
     layer=LAYER,
     dense=(),
     moe=(*MOE, *only_with("ffn/shared/down", fused_feed_forward("shared_mlp", "ffn/shared"))),
+    shared_beside=True,
 )

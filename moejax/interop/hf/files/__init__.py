@@ -1,1 +1,1 @@
-"""The files of a released model: safetensors with their index, and weights in blocks of few bits."""
+"""The files of a released model: safetensors, their index, and weights in blocks of few bits."""

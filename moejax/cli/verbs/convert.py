@@ -1,0 +1,214 @@
+"""Convert a released model to a run directory, or back; or prove that it computes the same.
+
+  moejax convert --hf=mixtral-8x7b --workdir=runs/mixtral      # safetensors to a run directory
+  moejax convert --workdir=runs/mixtral --to_hf=out            # and back
+  moejax convert --hf=mixtral-8x7b --compare=reference.npz     # against the reference's outputs
+
+A folder in the Hugging Face layout has config.json and safetensors files. An interrupted conversion
+goes on where it stopped, by the same command. docs/families.md lists the families, and says how to
+write reference.npz; a difference beyond the tolerances exits with 1.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from absl.flags import FlagValues
+
+from moejax.cli.errors import UsageError
+from moejax.cli.options import (
+    define_json,
+    define_workdir,
+    read_folder_to_write,
+    read_workdir,
+    refuse_several_processes,
+)
+from moejax.cli.tables import print_result
+from moejax.compilation_cache import keep_compilation_cache
+from moejax.interop.hf.conversion.compare import (
+    GRADIENT_TOLERANCE,
+    TOLERANCE,
+    Comparison,
+    compare,
+    read_reference,
+)
+from moejax.interop.hf.conversion.to_hf import convert_to_hf
+from moejax.interop.hf.conversion.to_run import convert_to_run
+from moejax.interop.hf.load import load_model, read_config
+from moejax.models.parameters import count_parameters
+from moejax.paths import resolve_path
+from moejax.strict_json import to_json
+
+MODES = (
+    "--hf=DIR --workdir=RUN converts to a run directory, --workdir=RUN --to_hf=DIR back, and "
+    "--hf=DIR --compare=FILE.npz compares"
+)
+
+
+class DisagreementError(Exception):
+    """A model that computes something else than its reference."""
+
+
+def define(values: FlagValues, arguments: list[str]) -> None:
+    """Flags of the verb."""
+    define_workdir(values)
+    define_json(values)
+    flags.DEFINE_string("hf", "", "a folder in the Hugging Face layout", flag_values=values)
+    flags.DEFINE_string("to_hf", "", "the folder to write in that layout", flag_values=values)
+    flags.DEFINE_string(
+        "family",
+        "",
+        "with --to_hf: its model_type; default that of the model it was, or the first that fits",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "step", None, "with --to_hf: a saved step; default the newest", flag_values=values
+    )
+    flags.DEFINE_string(
+        "compare",
+        "",
+        "with --hf: inputs and outputs of the reference, an npz file",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "tolerance",
+        TOLERANCE,
+        "largest difference over an array's largest magnitude",
+        lower_bound=0,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "gradient_tolerance",
+        GRADIENT_TOLERANCE,
+        "the same for gradients",
+        lower_bound=0,
+        flag_values=values,
+    )
+
+
+def run(values: FlagValues, rest: list[str]) -> None:
+    """Converts or compares."""
+    refuse_several_processes("convert")
+    keep_compilation_cache()
+    given = [name for name in ("hf", "workdir", "to_hf", "compare") if values[name].value]
+    if given == ["hf", "workdir"]:
+        _to_run(values)
+    elif given == ["workdir", "to_hf"]:
+        _to_hf(values)
+    elif given == ["hf", "compare"]:
+        _compare(values)
+    else:
+        raise UsageError(f"{_listed(given)}: {MODES}")
+
+
+def _listed(given: list[str]) -> str:
+    return " and ".join(f"--{name}" for name in given) or "nothing is given"
+
+
+def _to_run(values: FlagValues) -> None:
+    workdir = read_folder_to_write(values.workdir, "--workdir")
+    command = shlex.join(["moejax", *sys.argv[1:]])
+    checkpoint = convert_to_run(_folder(values.hf, "--hf"), workdir, command=command)
+    parameters = count_parameters(checkpoint.config)
+    rows = {
+        "family": checkpoint.family.model_type,
+        "parameters": parameters.total,
+        "active per token": parameters.active,
+        "run directory": str(workdir),
+    }
+    print_result(rows, is_json=values.json)
+
+
+def _to_hf(values: FlagValues) -> None:
+    folder = read_folder_to_write(values.to_hf, "--to_hf")
+    family = convert_to_hf(read_workdir(values), folder, model_type=values.family, step=values.step)
+    rows = {"family": family.model_type, "folder": str(folder)}
+    print_result(rows, is_json=values.json)
+
+
+def _folder(given: str, name: str) -> Path:
+    """Returns a folder that exists."""
+    path = resolve_path(given, name)
+    if not path.is_dir():
+        raise UsageError(f"{name}={given} is not a folder; name one with config.json")
+    return path
+
+
+def _compare(values: FlagValues) -> None:
+    folder = _folder(values.hf, "--hf")
+    reference = read_reference(resolve_path(values.compare, "--compare"))
+    _, family = read_config(folder)
+    comparison = compare(
+        load_model(folder),
+        family,
+        reference,
+        tolerance=values.tolerance,
+        gradient_tolerance=values.gradient_tolerance,
+    )
+    if values.json:
+        print(to_json(_as_json(comparison), indent=2))
+    else:
+        print_result(_summary(comparison), is_json=False)
+    if not comparison.agrees:
+        raise DisagreementError(
+            f"{folder} computes something else than {values.compare}: {_first(comparison)}"
+        )
+
+
+def _as_json(comparison: Comparison) -> dict[str, Any]:
+    arrays = {}
+    for each in comparison.differences:
+        arrays[each.name] = {
+            "absolute": each.absolute,
+            "relative": each.relative,
+            "tolerance": each.tolerance,
+            "within": each.is_within,
+        }
+    return {
+        "agrees": comparison.agrees,
+        "arrays": arrays,
+        "experts_agree": {str(layer): same for layer, same in comparison.experts_agree.items()},
+        "tokens_agree": comparison.tokens_agree,
+        "not_compared": comparison.not_compared,
+    }
+
+
+def _summary(comparison: Comparison) -> dict[str, Any]:
+    """Returns the largest difference of each kind of array."""
+    rows: dict[str, Any] = {}
+    worst: dict[str, float] = {}
+    for each in comparison.differences:
+        kind = _kind(each.name)
+        worst[kind] = max(worst.get(kind, 0.0), each.relative)
+    for kind, relative in worst.items():
+        rows[f"{kind}, largest relative difference"] = relative
+    if comparison.experts_agree:
+        same = sum(comparison.experts_agree.values())
+        rows["layers that select the same experts"] = f"{same} of {len(comparison.experts_agree)}"
+    if comparison.tokens_agree:
+        same = sum(comparison.tokens_agree.values())
+        rows["greedy texts that are the same"] = f"{same} of {len(comparison.tokens_agree)}"
+    if comparison.not_compared:
+        rows["not compared"] = ", ".join(comparison.not_compared)
+    return rows
+
+
+def _kind(name: str) -> str:
+    """Returns an array's name without layers and tensors."""
+    if name.startswith("grad."):
+        return "gradients"
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def _first(comparison: Comparison) -> str:
+    """Returns what is furthest from its reference."""
+    worst = max(comparison.differences, key=lambda each: each.relative / (each.tolerance or 1))
+    if not worst.is_within:
+        return f"{worst.name} by {worst.relative:.2g} of its largest magnitude, above {worst.tolerance:g}"
+    layers = [layer for layer, same in comparison.experts_agree.items() if not same]
+    if layers:
+        return f"tokens of layer {layers[0]} select other experts"
+    texts = [name for name, same in comparison.tokens_agree.items() if not same]
+    return f"{texts[0]} are other tokens"

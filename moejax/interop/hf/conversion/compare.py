@@ -1,0 +1,221 @@
+"""Compares what a released model computes here with what its reference computed of the same inputs.
+
+That is how a conversion is proven. The reference's arrays are in one file, `docs/families.md`.
+"""
+
+import dataclasses
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from moejax.interop.hf.conversion.outputs import LEFT, RIGHT, Outputs
+from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.family import Family
+from moejax.models import Decoder
+
+TOLERANCE = 2e-5
+GRADIENT_TOLERANCE = 1e-4
+"""Largest differences, relative to the largest magnitude of an array."""
+
+INPUTS = re.compile(
+    r"(lpad\.|rpad\.)?(input_ids|attention_mask|position_ids|labels|gen\.prompt|gen\.attention_mask)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far an array is from the reference's.
+
+    Attributes:
+      name: of the array.
+      absolute: the largest difference.
+      relative: the same over the largest magnitude of the reference.
+      tolerance: that `relative` must not exceed.
+    """
+
+    name: str
+    absolute: float
+    relative: float
+    tolerance: float
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the tolerance holds; NaN is not within any."""
+        return self.relative <= self.tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What came out of a comparison.
+
+    Attributes:
+      differences: of the arrays that both have.
+      experts_agree: whether every token selects the same experts, by layer; empty without routing
+        in the file.
+      tokens_agree: whether greedy continuations are the same, by name.
+      not_compared: names of arrays in the file that nothing here corresponds to.
+    """
+
+    differences: list[Difference]
+    experts_agree: dict[int, bool]
+    tokens_agree: dict[str, bool]
+    not_compared: list[str]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether everything that was compared is the same within its tolerance."""
+        is_within = all(each.is_within for each in self.differences)
+        return is_within and all(self.experts_agree.values()) and all(self.tokens_agree.values())
+
+
+def read_reference(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a reference file by name.
+
+    Raises:
+      HfError: it cannot be read, or has no inputs.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            reference = dict(arrays)
+    except PermissionError as error:
+        raise HfError(f"{path} cannot be read; give this user the right to read it") from error
+    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise HfError(f"{path} is no file of arrays, NAME.npz ({error})") from error
+    if "input_ids" not in reference:
+        raise HfError(f"{path} has no input_ids; docs/families.md says how to write such a file")
+    return reference
+
+
+def compare(
+    model: Decoder,
+    family: Family,
+    reference: Mapping[str, np.ndarray],
+    *,
+    tolerance: float = TOLERANCE,
+    gradient_tolerance: float = GRADIENT_TOLERANCE,
+) -> Comparison:
+    """Compares a model with a reference.
+
+    Args:
+      model: the decoder.
+      family: of which it is one.
+      reference: inputs and outputs by name.
+      tolerance: for outputs, relative to the largest magnitude of an array.
+      gradient_tolerance: likewise for gradients.
+
+    Raises:
+      HfError: inputs that the model cannot take.
+    """
+    _check_inputs(model, reference)
+    outputs = Outputs(model, family, reference)
+    differences = []
+    for name, found in _outputs(outputs, reference):
+        if name in reference:
+            differences.append(_difference(name, found, reference, tolerance))
+    for name, found in _gradients(outputs, reference):
+        if name in reference:
+            differences.append(_difference(name, found, reference, gradient_tolerance))
+    experts_agree = dict(_selected_experts(outputs, reference))
+    tokens_agree = {}
+    for name, tokens_BS, logits_SBV in _continuations(outputs, reference):
+        start = reference[name].shape[1] - tokens_BS.shape[1]
+        tokens_agree[name] = np.array_equal(tokens_BS, reference[name][:, start:])
+        logits_name = name.replace("tokens", "logits")
+        if logits_name in reference:
+            differences.append(_difference(logits_name, logits_SBV, reference, tolerance))
+    compared = {each.name for each in differences} | tokens_agree.keys()
+    compared |= {f"router.{layer}.indices" for layer in experts_agree}
+    # Weights are those of `combine` in the order of indices.
+    compared |= {f"router.{layer}.weights" for layer in experts_agree}
+    left = [name for name in reference if name not in compared and not INPUTS.fullmatch(name)]
+    return Comparison(differences, experts_agree, tokens_agree, left)
+
+
+def _check_inputs(model: Decoder, reference: Mapping[str, np.ndarray]) -> None:
+    """Raises `HfError` for token ids that the model does not have."""
+    num_ids = model.config.vocab_size
+    for name in ("input_ids", "gen.prompt"):
+        ids = reference.get(name, np.zeros((1, 1), np.int32))
+        if ids.ndim != 2 or ids.min() < 0 or ids.max() >= num_ids:
+            raise HfError(
+                f"{name} of the reference must be rows of token ids from 0 to {num_ids - 1}, the "
+                "model's; it is of another model"
+            )
+
+
+def _outputs(
+    outputs: Outputs, reference: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields outputs of the forward pass by name."""
+    yield from outputs.logits()
+    if any(name.startswith(("hidden.", "attn_out.", "mlp_")) for name in reference):
+        yield from outputs.layers()
+    for layer, routing in outputs.routings():
+        num_experts = routing.logits_TE.shape[-1]
+        combine_TE = np.zeros((len(routing.experts_TK), num_experts + 1))
+        np.put_along_axis(combine_TE, routing.experts_TK, routing.weights_TK, axis=1)
+        yield f"router.{layer}.logits", routing.logits_TE
+        yield f"router.{layer}.combine", combine_TE[:, :num_experts]
+    for padding in ("", LEFT, RIGHT):
+        if f"{padding}aux_loss" in reference:
+            yield f"{padding}aux_loss", np.float64(outputs.aux_loss(padding))
+
+
+def _gradients(
+    outputs: Outputs, reference: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the loss and its gradients by name."""
+    if "labels" not in reference:
+        return
+    loss, gradients = outputs.loss_and_gradients()
+    yield "loss_lm", np.float64(loss)
+    if "aux_loss" in reference:
+        weight = outputs.model.config.moe.balance_weight
+        yield "loss_total", np.float64(loss + weight * outputs.aux_loss())
+    for name, gradient in gradients.items():
+        yield f"grad.{name}", gradient
+
+
+def _selected_experts(
+    outputs: Outputs, reference: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, bool]]:
+    """Yields for each MoE layer whether all tokens select the reference's experts."""
+    for layer, routing in outputs.routings():
+        expected_TK = reference.get(f"router.{layer}.indices")
+        if expected_TK is not None:
+            found_TK = np.sort(routing.experts_TK, axis=-1)
+            yield layer, np.array_equal(found_TK, np.sort(expected_TK, axis=-1))
+
+
+def _continuations(
+    outputs: Outputs, reference: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yields greedy continuations: the name, tokens and logits."""
+    for padding in ("", LEFT):
+        name = f"{padding}gen.tokens"
+        if name in reference:
+            num_steps = reference[name].shape[1] - reference[f"{padding}gen.prompt"].shape[1]
+            yield name, *outputs.generate(padding, num_steps)
+
+
+def _difference(
+    name: str, found: np.ndarray, reference: Mapping[str, np.ndarray], tolerance: float
+) -> Difference:
+    expected = np.asarray(reference[name], np.float64)
+    found = np.asarray(found, np.float64)
+    if found.size != expected.size:
+        raise HfError(
+            f"{name} has the shape {expected.shape} in the reference and {found.shape} here; it is "
+            "of another model"
+        )
+    found = found.reshape(expected.shape)
+    if name in (f"{LEFT}logits", f"{RIGHT}logits"):
+        is_token_BL = reference[name.replace("logits", "attention_mask")] == 1
+        found, expected = found[is_token_BL], expected[is_token_BL]
+    absolute = float(np.abs(found - expected).max(initial=0))
+    largest = float(np.abs(expected).max(initial=0))
+    relative = absolute / largest if largest else absolute
+    return Difference(name, absolute, relative, tolerance)
