@@ -25,12 +25,13 @@ from moejax.cli.options import (
     read_workdir,
     refuse_several_processes,
 )
-from moejax.cli.tables import print_result
+from moejax.cli.tables import print_result, print_table
 from moejax.compilation_cache import keep_compilation_cache
 from moejax.interop.hf.conversion.compare import (
     GRADIENT_TOLERANCE,
     TOLERANCE,
     Comparison,
+    Difference,
     compare,
     read_reference,
 )
@@ -100,11 +101,8 @@ def run(values: FlagValues, rest: list[str]) -> None:
     elif given == ["hf", "compare"]:
         _compare(values)
     else:
-        raise UsageError(f"{_listed(given)}: {MODES}")
-
-
-def _listed(given: list[str]) -> str:
-    return " and ".join(f"--{name}" for name in given) or "nothing is given"
+        flags_given = " ".join(f"--{name}" for name in given) or "no flags"
+        raise UsageError(f"moejax convert with {flags_given} is not clear; {MODES}")
 
 
 def _to_run(values: FlagValues) -> None:
@@ -150,7 +148,7 @@ def _compare(values: FlagValues) -> None:
     if values.json:
         print(to_json(_as_json(comparison), indent=2))
     else:
-        print_result(_summary(comparison), is_json=False)
+        _print_summary(comparison)
     if not comparison.agrees:
         raise DisagreementError(
             f"{folder} computes something else than {values.compare}: {_first(comparison)}"
@@ -175,30 +173,38 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _summary(comparison: Comparison) -> dict[str, Any]:
-    """Returns the largest difference of each kind of array."""
-    rows: dict[str, Any] = {}
-    worst: dict[str, float] = {}
+def _print_summary(comparison: Comparison) -> None:
+    """Prints the largest difference of each kind of array, and what agrees."""
+    worst: dict[str, Difference] = {}
     for each in comparison.differences:
         kind = _kind(each.name)
-        worst[kind] = max(worst.get(kind, 0.0), each.relative)
-    for kind, relative in worst.items():
-        rows[f"{kind}, largest relative difference"] = relative
-    if comparison.experts_agree:
-        same = sum(comparison.experts_agree.values())
-        rows["layers that select the same experts"] = f"{same} of {len(comparison.experts_agree)}"
-    if comparison.tokens_agree:
-        same = sum(comparison.tokens_agree.values())
-        rows["greedy texts that are the same"] = f"{same} of {len(comparison.tokens_agree)}"
+        if kind not in worst or each.relative > worst[kind].relative:
+            worst[kind] = each
+    rows = []
+    for kind, each in worst.items():
+        row = {
+            "largest difference of": kind,
+            "absolute": f"{each.absolute:.2g}",
+            "relative": f"{each.relative:.2g}",
+            "tolerance": f"{each.tolerance:.2g}",
+        }
+        rows.append(row)
+    print_table(rows, "")
+    for what, agreement in (
+        ("layers select the reference's experts", comparison.experts_agree),
+        ("greedy texts are the reference's", comparison.tokens_agree),
+    ):
+        if agreement:
+            print(f"{sum(agreement.values())} of {len(agreement)} {what}")
     if comparison.not_compared:
-        rows["not compared"] = ", ".join(comparison.not_compared)
-    return rows
+        print(f"not compared: {', '.join(comparison.not_compared)}")
 
 
 def _kind(name: str) -> str:
     """Returns an array's name without layers and tensors."""
-    if name.startswith("grad."):
-        return "gradients"
+    prefix, _, _ = name.partition(".")
+    if prefix in ("grad", "gradtotal"):
+        return prefix
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
@@ -206,7 +212,10 @@ def _first(comparison: Comparison) -> str:
     """Returns what is furthest from its reference."""
     worst = max(comparison.differences, key=lambda each: each.relative / (each.tolerance or 1))
     if not worst.is_within:
-        return f"{worst.name} by {worst.relative:.2g} of its largest magnitude, above {worst.tolerance:g}"
+        return (
+            f"{worst.name} by {worst.relative:.2g} of its largest magnitude, and at most "
+            f"{worst.tolerance:g} is tolerated"
+        )
     layers = [layer for layer, same in comparison.experts_agree.items() if not same]
     if layers:
         return f"tokens of layer {layers[0]} select other experts"

@@ -96,8 +96,8 @@ def sums_of_region(
     everywhere = (*place, *[slice(None)] * missing)
     slices = []
     for index in everywhere:
-        is_one = isinstance(index, int)
-        slices.append(slice(index, index + 1) if is_one else index)
+        of_axis = slice(index, index + 1) if isinstance(index, int) else index
+        slices.append(of_axis)
     sizes = [len(range(*each.indices(size))) for each, size in zip(slices, shape, strict=True)]
     part = _Part("", tuple(slices), shape, np.ascontiguousarray(values).reshape(sizes))
     return _weighted_sums(part)

@@ -112,8 +112,9 @@ class _Store:
             "fill_value": None,
         }
         spec = {**self._spec(name), "metadata": metadata}
-        options = {"create": True, "delete_existing": True}
-        self._arrays[name] = ts.open(spec, context=self._context, **options).result()
+        self._arrays[name] = ts.open(
+            spec, context=self._context, create=True, delete_existing=True
+        ).result()
 
     def open(self, name: str) -> Any:
         if name not in self._arrays:

@@ -8,10 +8,11 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from moejax.interop.hf.conversion.outputs import LEFT, RIGHT, Outputs
+from moejax.interop.hf.conversion.outputs import LEFT, RIGHT, Named, Outputs
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.family import Family
 from moejax.models import Decoder
@@ -115,9 +116,11 @@ def compare(
     for name, found in _outputs(outputs, reference):
         if name in reference:
             differences.append(_difference(name, found, reference, tolerance))
-    for name, found in _gradients(outputs, reference):
+    gradients = outputs.losses_and_gradients() if "labels" in reference else ()
+    for name, found in gradients:
         if name in reference:
-            differences.append(_difference(name, found, reference, gradient_tolerance))
+            allowed = gradient_tolerance if name.startswith("grad") else tolerance
+            differences.append(_difference(name, found, reference, allowed))
     experts_agree = dict(_selected_experts(outputs, reference))
     tokens_agree = {}
     for name, tokens_BS, logits_SBV in _continuations(outputs, reference):
@@ -146,9 +149,7 @@ def _check_inputs(model: Decoder, reference: Mapping[str, np.ndarray]) -> None:
             )
 
 
-def _outputs(
-    outputs: Outputs, reference: Mapping[str, np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
+def _outputs(outputs: Outputs, reference: Mapping[str, np.ndarray]) -> Named:
     """Yields outputs of the forward pass by name."""
     yield from outputs.logits()
     if any(name.startswith(("hidden.", "attn_out.", "mlp_")) for name in reference):
@@ -156,27 +157,13 @@ def _outputs(
     for layer, routing in outputs.routings():
         num_experts = routing.logits_TE.shape[-1]
         combine_TE = np.zeros((len(routing.experts_TK), num_experts + 1))
-        np.put_along_axis(combine_TE, routing.experts_TK, routing.weights_TK, axis=1)
+        experts_TK, weights_TK = np.asarray(routing.experts_TK), np.asarray(routing.weights_TK)
+        np.put_along_axis(combine_TE, experts_TK, weights_TK, axis=1)
         yield f"router.{layer}.logits", routing.logits_TE
         yield f"router.{layer}.combine", combine_TE[:, :num_experts]
-    for padding in ("", LEFT, RIGHT):
-        if f"{padding}aux_loss" in reference:
-            yield f"{padding}aux_loss", np.float64(outputs.aux_loss(padding))
-
-
-def _gradients(
-    outputs: Outputs, reference: Mapping[str, np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the loss and its gradients by name."""
-    if "labels" not in reference:
-        return
-    loss, gradients = outputs.loss_and_gradients()
-    yield "loss_lm", np.float64(loss)
-    if "aux_loss" in reference:
-        weight = outputs.model.config.moe.balance_weight
-        yield "loss_total", np.float64(loss + weight * outputs.aux_loss())
-    for name, gradient in gradients.items():
-        yield f"grad.{name}", gradient
+    for padding in (LEFT, RIGHT):
+        if f"{padding}input_ids" in reference:
+            yield from outputs.losses(padding).items()
 
 
 def _selected_experts(
@@ -202,7 +189,7 @@ def _continuations(
 
 
 def _difference(
-    name: str, found: np.ndarray, reference: Mapping[str, np.ndarray], tolerance: float
+    name: str, found: Any, reference: Mapping[str, np.ndarray], tolerance: float
 ) -> Difference:
     expected = np.asarray(reference[name], np.float64)
     found = np.asarray(found, np.float64)

@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax.config import declared
 from moejax.inference.layered import LayeredDecoder
 from moejax.interop.hf.family import Family
 from moejax.interop.hf.places import named_arrays
 from moejax.interop.hf.save import their_tensors
 from moejax.models import Decoder
 from moejax.models.blocks import Block, Context
+from moejax.moe.balancing.stats import RoutingStats
+from moejax.moe.experts.experts import FeedForward
 from moejax.moe.router.routing import Routing
 from moejax.moe.token_info import TokenInfo
 
@@ -53,6 +56,7 @@ class Outputs:
             return model.logits(hidden_BLD), hidden_BLD, stats
 
         self._compute = functools.partial(compute, state)
+        self._balance_weight = declared()["moe.balance_weight"].value(model.config)
 
     def inputs(self, padding: str = "") -> Inputs:
         """Returns the tokens of the file, without padding or with it on a side."""
@@ -86,7 +90,8 @@ class Outputs:
         context = Context(positions_BL, segments_BL, info)
         x_BLD = self.model.embed(tokens_BL)
         yield "hidden.0", x_BLD
-        for layer, (block, own) in enumerate(self.model.walk(context)):
+        walked: Iterator[tuple[Block, Any]] = self.model.walk(context)
+        for layer, (block, own) in enumerate(walked):
             mixed_BLD, _ = block.mix(x_BLD, own)
             yield f"attn_out.{layer}", mixed_BLD
             inputs_BLD = block.ffn_inputs(x_BLD, block.add_mixed(x_BLD, mixed_BLD))
@@ -104,45 +109,54 @@ class Outputs:
             for n in range(num_layers):
                 yield next(layers), jax.tree.map(lambda x, n=n: x[n], group.routing)
 
-    def aux_loss(self, padding: str = "") -> float:
-        """Returns the auxiliary loss of the reference.
+    def losses(self, padding: str = "") -> dict[str, float]:
+        """Returns the losses of the reference by name, of inputs that are their own labels."""
+        tokens_BL, segments_BL, _ = self.inputs(padding)
+        logits_BLV, _, stats = self.run(padding)
+        log_probs_BLV = jax.nn.log_softmax(logits_BLV[:, :-1])
+        nats_BL1 = -jnp.take_along_axis(log_probs_BLV, tokens_BL[:, 1:, None], axis=-1)
+        is_target_BL = segments_BL[:, 1:] > 0
+        loss = jnp.where(is_target_BL, nats_BL1[..., 0], 0.0).sum() / is_target_BL.sum()
+        aux = pooled_balance_loss(stats, segments_BL)
+        return self._named_losses(padding, float(loss), float(aux))
 
-        E times the sum over experts of choices a token and mean probability, tokens of all layers
-        pooled before the product; probabilities are the softmax of the logits, whatever the router
-        makes of them.
-        """
-        _, segments_BL, _ = self.inputs(padding)
-        is_token_T = np.asarray(segments_BL).reshape(-1) > 0
-        load_E, probs_E, num = 0.0, 0.0, 0
-        for group in self.run(padding)[2]:
-            logits_NTE = group.routing.logits_TE[:, is_token_T]
-            experts_NTK = group.routing.experts_TK[:, is_token_T]
-            num_experts = logits_NTE.shape[-1]
-            load_E += np.bincount(experts_NTK.reshape(-1), minlength=num_experts)
-            probs_E += np.asarray(jax.nn.softmax(logits_NTE)).sum(axis=(0, 1))
-            num += logits_NTE.shape[0] * logits_NTE.shape[1]
-        return len(load_E) * float((load_E / num) @ (probs_E / num))
+    def _named_losses(self, padding: str, loss: float, aux: float) -> dict[str, float]:
+        total = loss + self._balance_weight * aux
+        return {
+            f"{padding}aux_loss": aux,
+            f"{padding}loss_lm": loss,
+            f"{padding}loss_total": total,
+        }
 
-    def loss_and_gradients(self) -> tuple[float, dict[str, np.ndarray]]:
-        """Returns the mean cross-entropy of the labels, and its gradients by name of tensor."""
+    def losses_and_gradients(self) -> Named:
+        """Yields the losses of the labels, and their gradients by name of tensor."""
         graphdef, params, state = nnx.split(self.model, nnx.Param, ...)
-        inputs = self.inputs()
+        tokens_BL, segments_BL, positions_BL = self.inputs()
         labels_BL = jnp.asarray(self._reference["labels"])
         targets_BL = labels_BL[:, 1:]
         is_target_BL = targets_BL >= 0
 
         @jax.jit
-        def loss(params):
+        def losses(params):
             model = nnx.merge(graphdef, params, state)
-            hidden_BLD, _ = model(*inputs)
+            hidden_BLD, stats = model(tokens_BL, segments_BL, positions_BL, trace=True)
             nats_BL = model.cross_entropy(hidden_BLD[:, :-1], jnp.maximum(targets_BL, 0))
-            return jnp.where(is_target_BL, nats_BL, 0.0).sum() / is_target_BL.sum()
+            loss = jnp.where(is_target_BL, nats_BL, 0.0).sum() / is_target_BL.sum()
+            return loss, pooled_balance_loss(stats, segments_BL)
 
-        value, gradients = jax.value_and_grad(loss)(params)
-        # What has no gradient, such as a selection bias, is as it was.
-        state, gradients = jax.tree.map(np.asarray, (nnx.state(self.model), gradients))
-        arrays = named_arrays(state) | named_arrays(gradients)
-        return float(value), dict(their_tensors(self.model.config, self.family, arrays))
+        vjp: Any = jax.vjp(losses, params)
+        (loss, aux), pull_back = vjp
+        yield from self._named_losses("", float(loss), float(aux)).items()
+        one, zero = jnp.float32(1), jnp.float32(0)
+        weight = jnp.float32(self._balance_weight)
+        pull_back = jax.jit(pull_back)
+        for prefix, cotangents in (("grad", (one, zero)), ("gradtotal", (one, weight))):
+            (gradients,) = pull_back(cotangents)
+            # What has no gradient, such as a selection bias, is as it was.
+            of_state, gradients = jax.tree.map(np.asarray, (nnx.state(self.model), gradients))
+            arrays = named_arrays(of_state) | named_arrays(gradients)
+            for name, gradient in their_tensors(self.model.config, self.family, arrays):
+                yield f"{prefix}.{name}", gradient
 
     def generate(self, padding: str, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Continues the prompts of the file greedily, with a cache.
@@ -179,9 +193,32 @@ class Outputs:
 
     def _feed_forward(self, block: Block, inputs_BLD: jax.Array, context: Context) -> jax.Array:
         """Returns what the module of the reference makes of the inputs."""
-        if not block.is_moe:
+        if isinstance(block.ffn, FeedForward):
             return block.ffn(inputs_BLD)
         y_BLD, _ = block.moe(inputs_BLD, context.info)
         if self.family.shared_beside:
             y_BLD -= block.moe.shared(inputs_BLD)
         return y_BLD
+
+
+def pooled_balance_loss(stats: Sequence[RoutingStats], segments_BL: jax.Array) -> jax.Array:
+    """Returns the balance loss as the reference of most families has it.
+
+    E times the sum over experts of choices a token and mean probability, tokens of all layers
+    pooled before the product; probabilities are the softmax of the logits, whatever the router
+    makes of them. Ours has one such loss a layer.
+    """
+    is_token_T = segments_BL.reshape(-1) > 0
+    load_E = probs_E = num_tokens = jnp.float32(0)
+    for group in stats:
+        logits_NTE = group.routing.logits_TE
+        num_layers, _, num_experts = logits_NTE.shape
+        # A masked token has the id E, of which nothing is left here.
+        chosen_NTKE = jax.nn.one_hot(group.routing.experts_TK, num_experts)
+        load_E += chosen_NTKE.sum(axis=(0, 1, 2))
+        probs_NTE = jax.nn.softmax(logits_NTE) * is_token_T[None, :, None]
+        probs_E += probs_NTE.sum(axis=(0, 1))
+        num_tokens += num_layers * is_token_T.sum()
+    if not stats:
+        return jnp.float32(0)
+    return logits_NTE.shape[-1] * (load_E / num_tokens) @ (probs_E / num_tokens)

@@ -39,9 +39,9 @@ def keep_texts(checkpoint: Checkpoint, folder: Path) -> None:
     """
     folder.mkdir()
     for name in TEXTS:
-        source = checkpoint.folder / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
+        path = checkpoint.folder / name
+        if path.is_file():
+            shutil.copyfile(path, folder / name)
     types = {}
     for name in checkpoint.weights.names:
         source = checkpoint.weights.source(name)

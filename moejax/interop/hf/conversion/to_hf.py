@@ -276,7 +276,7 @@ class _Export:
                 )
 
     def _index(self) -> dict[str, Any]:
-        file_of = {}
+        file_of: dict[str, str] = {}
         total = 0
         for file in self.files:
             for piece in file.pieces:
