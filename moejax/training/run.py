@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import jax
 
-from moejax.config import Config
+from moejax.config import Config, check_vocabulary
 from moejax.data import Corpus, prepare
 from moejax.locks import FolderLock
 from moejax.models.parameters import count_parameters
@@ -241,7 +241,11 @@ def open_run_directory(
       workdir: its directory.
       command: recorded there.
       corpus: of another run on the same data; None prepares it.
+
+    Raises:
+      ConfigError: a tokenizer with more ids than the embedding has rows.
     """
+    check_vocabulary(config)
     has_tokenizer = (workdir / "tokenizer.json").exists()
     if corpus is None:
         corpus = prepare(config.data, kept_tokenizer(workdir, config))

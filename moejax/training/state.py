@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from moejax.config import Config, check_vocabulary
+from moejax.config import Config
 from moejax.models import Decoder
 from moejax.sharding import replicated, tree_shardings
 from moejax.training.optimizer import make_optimizer
@@ -74,12 +74,7 @@ class TrainSetup:
 
 
 def make_train_setup(config: Config, mesh: Mesh) -> TrainSetup:
-    """Prepares everything about a run that is known before any array exists.
-
-    Raises:
-      ConfigError: a tokenizer with more ids than the embedding has rows.
-    """
-    check_vocabulary(config)
+    """Prepares everything about a run that is known before any array exists."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
     graphdef, params, router_state = split_model(model)
     optimizer = make_optimizer(config.optimizer, params)

@@ -28,6 +28,7 @@ WITHOUT_MEANING = {
     "output_router_logits",
     "pad_token_id",
     "pretraining_tp",
+    "quantization_config",  # read where weights are, see files.quantized
     "torch_dtype",
     "transformers_version",
     "use_cache",

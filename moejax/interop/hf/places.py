@@ -72,7 +72,7 @@ def layer_places(config: Config) -> Iterator[LayerPlace]:
             yield LayerPlace(last, (block,), num_experts)
 
 
-def named_arrays(state: Any) -> Arrays:
+def named_arrays(state: Any) -> dict[str, Any]:
     """Returns the arrays of a model's state by path, in the order of its leaves."""
     arrays = {}
     for path, array in jax.tree_util.tree_leaves_with_path(state):

@@ -33,6 +33,9 @@ LOST_CONFIG = (
     "knows if it fits"
 )
 
+CONVERTING = "converting"
+"""A folder of a run directory in which released weights are being written."""
+
 GLOB_LETTERS = "*?["
 
 log = logging.getLogger("moejax")
@@ -65,6 +68,11 @@ def check_run_directory(workdir: Path, config: Config) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file; name a folder")
     check_run_tree(workdir)
+    if (workdir / CONVERTING).exists():
+        raise ConfigError(
+            f"{workdir} holds a conversion that is not finished; run moejax convert again, or use "
+            "another --workdir"
+        )
     known = [read_config(workdir)] if (workdir / "config.json").exists() else []
     meta = newest_meta(workdir)
     if meta is not None:

@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,9 @@ from moejax.interop.hf.save import their_tensors
 from moejax.models import Decoder
 from moejax.models.blocks import Block, Context
 from moejax.moe.balancing.stats import RoutingStats
-from moejax.moe.experts.experts import FeedForward
 from moejax.moe.router.routing import Routing
 from moejax.moe.token_info import TokenInfo
+from moejax.training.state import split_model
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array]
 """Tokens, segments and positions, `[B, L]`; padding is of segment 0."""
@@ -92,13 +92,12 @@ class Outputs:
         yield "hidden.0", x_BLD
         walked: Iterator[tuple[Block, Any]] = self.model.walk(context)
         for layer, (block, own) in enumerate(walked):
-            mixed_BLD, _ = block.mix(x_BLD, own)
-            yield f"attn_out.{layer}", mixed_BLD
-            inputs_BLD = block.ffn_inputs(x_BLD, block.add_mixed(x_BLD, mixed_BLD))
-            yield f"mlp_in.{layer}", inputs_BLD
-            yield f"mlp_out.{layer}", self._feed_forward(block, inputs_BLD, own)
-            x_BLD, _, _ = block(x_BLD, own)
+            graphdef, state = nnx.split(block)
+            parts = _layer_program(graphdef, self.family.shared_beside)(state, x_BLD, own)
+            x_BLD = parts.pop("hidden")
             yield f"hidden.{layer + 1}", x_BLD
+            for name, array in parts.items():
+                yield f"{name}.{layer}", array
 
     def routings(self) -> Iterator[tuple[int, Routing]]:
         """Yields the routing of each MoE layer with the number of the layer."""
@@ -130,7 +129,7 @@ class Outputs:
 
     def losses_and_gradients(self) -> Named:
         """Yields the losses of the labels, and their gradients by name of tensor."""
-        graphdef, params, state = nnx.split(self.model, nnx.Param, ...)
+        graphdef, params, state = split_model(self.model)
         tokens_BL, segments_BL, positions_BL = self.inputs()
         labels_BL = jnp.asarray(self._reference["labels"])
         targets_BL = labels_BL[:, 1:]
@@ -144,8 +143,8 @@ class Outputs:
             loss = jnp.where(is_target_BL, nats_BL, 0.0).sum() / is_target_BL.sum()
             return loss, pooled_balance_loss(stats, segments_BL)
 
-        vjp: Any = jax.vjp(losses, params)
-        (loss, aux), pull_back = vjp
+        both, pull_back, *_ = jax.vjp(losses, params)
+        loss, aux = both
         yield from self._named_losses("", float(loss), float(aux)).items()
         one, zero = jnp.float32(1), jnp.float32(0)
         weight = jnp.float32(self._balance_weight)
@@ -191,14 +190,31 @@ class Outputs:
             positions_B1 += 1
         return np.stack(tokens, axis=1), np.stack(logits)
 
-    def _feed_forward(self, block: Block, inputs_BLD: jax.Array, context: Context) -> jax.Array:
-        """Returns what the module of the reference makes of the inputs."""
-        if isinstance(block.ffn, FeedForward):
-            return block.ffn(inputs_BLD)
-        y_BLD, _ = block.moe(inputs_BLD, context.info)
-        if self.family.shared_beside:
-            y_BLD -= block.moe.shared(inputs_BLD)
-        return y_BLD
+
+@functools.lru_cache(maxsize=64)
+def _layer_program(graphdef: nnx.GraphDef, shared_beside: bool) -> Callable[..., dict[str, Any]]:
+    """Returns what computes a layer's parts, compiled once for layers of one kind."""
+
+    @jax.jit
+    def compute(state, x_BLD, context):
+        block = nnx.merge(graphdef, state)
+        mixed_BLD, _ = block.mix(x_BLD, context)
+        inputs_BLD = block.ffn_inputs(x_BLD, block.add_mixed(x_BLD, mixed_BLD))
+        if not block.is_moe:
+            y_BLD = block.ffn(inputs_BLD)
+        else:
+            y_BLD, _ = block.moe(inputs_BLD, context.info)
+            if shared_beside:
+                y_BLD -= block.moe.shared(inputs_BLD)
+        after_BLD, _, _ = block(x_BLD, context)
+        return {
+            "attn_out": mixed_BLD,
+            "mlp_in": inputs_BLD,
+            "mlp_out": y_BLD,
+            "hidden": after_BLD,
+        }
+
+    return compute
 
 
 def pooled_balance_loss(stats: Sequence[RoutingStats], segments_BL: jax.Array) -> jax.Array:

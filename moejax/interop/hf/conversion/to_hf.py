@@ -23,7 +23,6 @@ from moejax.interop.hf.conversion.journal import Journal
 from moejax.interop.hf.conversion.texts import SOURCE_FOLDER, TEXTS, read_types
 from moejax.interop.hf.conversion.to_run import (
     COMPLETE,
-    STAGING,
     Progress,
     check_empty,
     move_all,
@@ -44,7 +43,7 @@ from moejax.training.checkpoints.checkpoint import CheckpointError
 from moejax.training.checkpoints.digests import digest_of, sums_of_region
 from moejax.training.checkpoints.meta import DamageError, read_meta, saved_steps
 from moejax.training.checkpoints.streamed import StreamedCheckpoint
-from moejax.training.run_directory.layout import read_config
+from moejax.training.run_directory.layout import CONVERTING, read_config
 
 FILE_BYTES = 2**28
 """Size of a file, unless a tensor alone is larger."""
@@ -100,7 +99,7 @@ def convert_to_hf(
         try:
             export.run()
         except (HfError, CheckpointError):  # it would fail again
-            shutil.rmtree(folder / STAGING)
+            shutil.rmtree(folder / CONVERTING)
             raise
         export.finish(keys)
     (folder / ".lock").unlink(missing_ok=True)
@@ -192,7 +191,7 @@ class _Export:
     def __init__(self, source: _Run, family: Family, folder: Path):
         self.source = source
         self.folder = folder
-        self.staging = folder / STAGING
+        self.staging = folder / CONVERTING
         _, params, others = empty_model(source.config)
         arrays = named_arrays(params) | named_arrays(others)
         self.field_of = dict.fromkeys(named_arrays(params), "params")

@@ -30,9 +30,8 @@ from moejax.models.parameters import count_parameters
 from moejax.training.checkpoints.digests import digest_of, sums_of_region
 from moejax.training.checkpoints.meta import tokenizer_digests
 from moejax.training.checkpoints.streamed import Layout, StreamedCheckpoint, make_skeleton
-from moejax.training.run_directory.layout import write_run_directory
+from moejax.training.run_directory.layout import CONVERTING, write_run_directory
 
-STAGING = "converting"
 COMPLETE = "complete"
 """A file there: everything is written, and is being moved to its place."""
 
@@ -71,7 +70,7 @@ def convert_to_run(folder: str | Path, workdir: Path, *, command: str = "") -> C
         try:
             conversion.run()
         except HfError:  # it would fail again
-            shutil.rmtree(workdir / STAGING)
+            shutil.rmtree(workdir / CONVERTING)
             raise
         conversion.finish(command)
     return checkpoint
@@ -86,9 +85,9 @@ def check_empty(folder: Path, name: str) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise HfError(f"{name}={folder} is a file; name a new folder")
-    is_finishing = (folder / STAGING / COMPLETE).exists()
+    is_finishing = (folder / CONVERTING / COMPLETE).exists()
     found = {path.name for path in folder.glob("*") if not path.name.startswith(".")}
-    others = sorted(found - {STAGING})
+    others = sorted(found - {CONVERTING})
     if others and not is_finishing:
         raise HfError(f"{name}={folder} holds {others[0]}; name a new folder")
 
@@ -125,7 +124,7 @@ class _Conversion:
         params, others = arrays
         self.checkpoint = checkpoint
         self.workdir = workdir
-        self.staging = workdir / STAGING
+        self.staging = workdir / CONVERTING
         self.sources = sources
         self.field_of = dict.fromkeys(params, "params") | dict.fromkeys(others, "router_state")
         self.dtypes = {name: array.dtype for name, array in (params | others).items()}

@@ -142,7 +142,7 @@ def join_quantized(
             sources[weight] = _fp8(sources.get(weight), sources.pop(name), block)
     elif quantization:
         raise HfError(
-            f"quantization_config has quant_method={method}, and only mxfp4 and fp8 are read"
+            f"quantization_config has quant_method={method}, which is not read; mxfp4 and fp8 are"
         )
     return sources
 
