@@ -213,6 +213,39 @@ def read_workdir(values: FlagValues) -> Path:
     return path
 
 
+def define_hf(
+    values: FlagValues,
+    text: str = "a released model's folder in the Hugging Face layout, in place of --workdir",
+) -> None:
+    """Defines `--hf=DIR`."""
+    flags.DEFINE_string("hf", "", text, flag_values=values)
+
+
+def read_hf(values: FlagValues) -> Path | None:
+    """Returns the folder of a released model; None if a run directory is given.
+
+    Raises:
+      UsageError: both are given, or the folder does not exist.
+    """
+    if not values.hf:
+        return None
+    if values.workdir:
+        raise UsageError("--hf and --workdir exclude each other; give one")
+    return read_hf_folder(values)
+
+
+def read_hf_folder(values: FlagValues) -> Path:
+    """Returns the folder of `--hf`, which must exist.
+
+    Raises:
+      UsageError: it does not.
+    """
+    path = resolve_path(values.hf, "--hf")
+    if not path.is_dir():
+        raise UsageError(f"--hf={values.hf} is not a folder; name one with config.json")
+    return path
+
+
 def read_workdir_to_write(values: FlagValues) -> Path:
     """Returns the run directory, which must exist and be writable.
 

@@ -1,4 +1,4 @@
-"""Reads recipes, Python files whose `get_config` returns a configuration.
+"""Reads recipes, Python files whose `get_config` returns a configuration, or runs' `config.json`.
 
 What is wrong in a recipe is said in one line.
 """
@@ -20,10 +20,22 @@ from absl.flags import FlagValues
 from ml_collections import ConfigDict, config_flags
 
 from moejax.cli.errors import UsageError
-from moejax.config import SECTIONS, ConfigError, check_key, leaves, nearest
+from moejax.config import (
+    SECTIONS,
+    ConfigError,
+    check_key,
+    default,
+    given_leaves,
+    leaves,
+    nearest,
+)
 from moejax.paths import SCHEME, resolve_path
+from moejax.training.run_directory.layout import read_config
 
 MODULE = "moejax_recipe"
+
+RECORD = "config.json"
+"""Of a run directory: its configuration is a recipe, too."""
 
 UNKNOWN_KEY = (r'\W*Key "(\w+)" does not exist', r'\W*(\w+)\W+(?:n)?Did you mean "')
 """How a locked `ConfigDict` says that it lacks a key: when it is set, and when it is read."""
@@ -54,6 +66,8 @@ class RecipeParser(flags.ArgumentParser):
           RecipeError: there is none, or it is wrong.
         """
         file, argument = split_recipe(path)
+        if file.endswith(RECORD) and argument is None:
+            return _recorded(file)
         self.module = _execute(_find(file), file)
         found = _configuration(self.module, file, argument)
         if not isinstance(found, ConfigDict):
@@ -77,6 +91,18 @@ def define_recipe(values: FlagValues, arguments: list[str], default: str | None)
         values.set_default("config", default)
 
 
+def _recorded(file: str) -> ConfigDict:
+    """Returns the configuration of a run, from its `config.json`: data, of which nothing is run."""
+    path = resolve_path(file, "--config")
+    if not path.is_file():
+        raise RecipeError(f"--config={file} does not exist; {_nearest(file, path)}")
+    recipe = default()
+    for key, value in given_leaves(read_config(path.parent)).items():
+        section, name = key.split(".")
+        recipe[section][name] = value
+    return recipe
+
+
 def split_recipe(text: str) -> tuple[str, str | None]:
     """Returns the file and the argument of `FILE[:ARG]`; None if there is no argument."""
     stem, separator, argument = text.partition(".py:")
@@ -89,9 +115,13 @@ def split_recipe(text: str) -> tuple[str, str | None]:
 
 
 def recipe_name(text: str) -> str:
-    """Returns what runs of a recipe are called: the file's name, and after it the argument."""
+    """Returns what runs of a recipe are called: the file's name, and after it the argument.
+
+    A recipe that is a run's record has the run's name.
+    """
     file, argument = split_recipe(text)
-    stem = Path(file).stem
+    path = Path(file)
+    stem = path.resolve().parent.name if path.name == RECORD else path.stem
     if argument is None:
         return stem
     safe_argument = re.sub(r"[^A-Za-z0-9.-]", "_", argument)

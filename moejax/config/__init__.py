@@ -15,6 +15,9 @@ from moejax.config.layer_pattern import LayerGroup as LayerGroup
 from moejax.config.loss_specs import LOSS_SPECS as LOSS_SPECS
 from moejax.config.loss_specs import LOSS_WEIGHTS as LOSS_WEIGHTS
 from moejax.config.loss_specs import LossSpec as LossSpec
+from moejax.config.of_evaluation import MOE_OF_TRAINING as MOE_OF_TRAINING
+from moejax.config.of_evaluation import OF_COMPUTATION as OF_COMPUTATION
+from moejax.config.of_evaluation import is_of_weights as is_of_weights
 from moejax.config.resolve import default as default
 from moejax.config.resolve import given_leaves as given_leaves
 from moejax.config.resolve import resolve as resolve

@@ -11,7 +11,6 @@ write reference.npz; a difference beyond the tolerances exits with 1.
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -19,9 +18,11 @@ from absl.flags import FlagValues
 
 from moejax.cli.errors import UsageError
 from moejax.cli.options import (
+    define_hf,
     define_json,
     define_workdir,
     read_folder_to_write,
+    read_hf_folder,
     read_workdir,
     refuse_several_processes,
 )
@@ -56,7 +57,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_workdir(values)
     define_json(values)
-    flags.DEFINE_string("hf", "", "a folder in the Hugging Face layout", flag_values=values)
+    define_hf(values, "a released model's folder in the Hugging Face layout")
     flags.DEFINE_string("to_hf", "", "the folder to write in that layout", flag_values=values)
     flags.DEFINE_string(
         "family",
@@ -108,7 +109,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
 def _to_run(values: FlagValues) -> None:
     workdir = read_folder_to_write(values.workdir, "--workdir")
     command = shlex.join(["moejax", *sys.argv[1:]])
-    checkpoint = convert_to_run(_folder(values.hf, "--hf"), workdir, command=command)
+    checkpoint = convert_to_run(read_hf_folder(values), workdir, command=command)
     parameters = count_parameters(checkpoint.config)
     rows = {
         "family": checkpoint.family.model_type,
@@ -126,16 +127,8 @@ def _to_hf(values: FlagValues) -> None:
     print_result(rows, is_json=values.json)
 
 
-def _folder(given: str, name: str) -> Path:
-    """Returns a folder that exists."""
-    path = resolve_path(given, name)
-    if not path.is_dir():
-        raise UsageError(f"{name}={given} is not a folder; name one with config.json")
-    return path
-
-
 def _compare(values: FlagValues) -> None:
-    folder = _folder(values.hf, "--hf")
+    folder = read_hf_folder(values)
     reference = read_reference(resolve_path(values.compare, "--compare"))
     _, family = read_config(folder)
     comparison = compare(

@@ -2,32 +2,42 @@
 
   moejax generate --workdir=runs/tiny_moe --prompt="The people of the United States"
   moejax generate --workdir=runs/tiny_moe --prompt="The people" --prompt="The war"
+  moejax generate --hf=mixtral-8x7b-instruct --chat --prompt="Who was the first president?"
 
 The defaults of --temperature and --top_p suit small models: at 1.0 a few million parameters invent
-many words, at 0 they repeat themselves.
+many words, at 0 they repeat themselves. A released model's own defaults come before them. One that
+came without a tokenizer takes and gives token ids: --prompt="5 17 3".
 """
 
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from absl.flags import FlagValues
 
+from moejax.cli.errors import UsageError
 from moejax.cli.options import (
+    define_hf,
     define_json,
     define_seed,
     define_workdir,
+    read_hf,
     read_workdir,
     refuse_several_processes,
 )
 from moejax.compilation_cache import keep_compilation_cache
 from moejax.data.tokenizers import TextStream
-from moejax.inference.generate import generate, generate_text, prompt_ids
-from moejax.inference.load import LoadedRun, load_run
+from moejax.inference.generate import Prompt, generate, generate_text, prompt_ids
+from moejax.inference.load import LoadedRun, load_released, load_run
+from moejax.interop.hf.text.generation import GenerationDefaults
 from moejax.strict_json import to_json
 
 MAX_TOKENS = 200
+TEMPERATURE = 0.7
+TOP_P = 0.9
 
 log = logging.getLogger("moejax")
 
@@ -35,6 +45,7 @@ log = logging.getLogger("moejax")
 def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_workdir(values)
+    define_hf(values)
     define_json(values)
     flags.DEFINE_multi_string(
         "prompt",
@@ -50,20 +61,28 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     )
     flags.DEFINE_float(
         "temperature",
-        0.7,
-        "0 always takes the most probable token",
+        None,
+        f"0 always takes the most probable token; default {TEMPERATURE}, or the model's own",
         flag_values=values,
     )
     flags.DEFINE_float(
         "top_p",
-        0.9,
-        "sample from the most probable tokens that reach this mass",
+        None,
+        f"sample from the most probable tokens that reach this mass; default {TOP_P}, or the "
+        "model's own",
         flag_values=values,
     )
     flags.DEFINE_integer(
         "top_k",
-        0,
-        "sample from this many most probable tokens at most; 0 for all",
+        None,
+        "sample from this many most probable tokens at most, 0 for all; default 0, or the model's "
+        "own",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "chat",
+        False,
+        "prompts are a user's messages to a model with a chat template",
         flag_values=values,
     )
     define_seed(values, "seed", "of the sampling")
@@ -74,28 +93,60 @@ def run(values: FlagValues, rest: list[str]) -> None:
     """Prints prompts and their continuations."""
     refuse_several_processes("generate")
     keep_compilation_cache()
-    prompts = [_as_text(prompt) for prompt in values.prompt or [""]]
-    loaded = load_run(read_workdir(values), values.step)
-    max_tokens = values.max_tokens
-    if max_tokens is None:
-        max_tokens = _default_length(loaded, prompts)
-    sampling = {
-        "max_tokens": max_tokens,
-        "temperature": values.temperature,
-        "top_p": values.top_p,
-        "top_k": values.top_k,
-        "seed": values.seed,
-    }
+    texts = [_as_text(prompt) for prompt in values.prompt or [""]]
+    loaded = _load(values)
+    prompts = [_message_ids(loaded, text) for text in texts] if values.chat else texts
+    sampling = _sampling(values, loaded, prompts)
     if len(prompts) == 1 and not values.json:
-        _stream(loaded.model, loaded.tokenizer, prompts[0], sampling)
+        _stream(loaded, prompts[0], "" if values.chat else texts[0], sampling)
         return
-    texts = generate_text(loaded.model, loaded.tokenizer, prompts, **sampling)
-    results = list(zip(prompts, texts, strict=True))
+    answers = generate_text(loaded.model, loaded.tokenizer, prompts, **sampling)
+    results = list(zip(texts, answers, strict=True))
     if values.json:
         rows = [{"prompt": prompt, "text": text} for prompt, text in results]
         print(to_json(rows, indent=2))
     else:
         print("\n\n---\n\n".join(prompt + text for prompt, text in results))
+
+
+def _load(values: FlagValues) -> LoadedRun:
+    """Returns the model of `--hf` or `--workdir`."""
+    folder = read_hf(values)
+    if folder is None:
+        return load_run(read_workdir(values), values.step)
+    if values.step is not None:
+        raise UsageError(f"--step={values.step} goes with --workdir only; leave it out")
+    return load_released(folder)
+
+
+def _message_ids(loaded: LoadedRun, text: str) -> list[int]:
+    """Returns the ids of a chat of one message, after which the answer follows."""
+    if loaded.text is None:
+        raise UsageError(
+            "--chat needs a released model with a tokenizer and a chat template; leave it out, and "
+            "the prompt is continued"
+        )
+    return loaded.text.apply_chat_template([{"role": "user", "content": text}])
+
+
+def _sampling(values: FlagValues, loaded: LoadedRun, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Returns what is given, or else the model's defaults, or else ours."""
+    own = loaded.text.generation if loaded.text else GenerationDefaults()
+    max_tokens = _first_given(values.max_tokens, own.max_tokens)
+    if max_tokens is None:
+        max_tokens = _default_length(loaded, prompts)
+    return {
+        "max_tokens": max_tokens,
+        "temperature": _first_given(values.temperature, own.temperature, TEMPERATURE),
+        "top_p": _first_given(values.top_p, own.top_p, TOP_P),
+        "top_k": _first_given(values.top_k, own.top_k, 0),
+        "seed": values.seed,
+    }
+
+
+def _first_given(*values: Any) -> Any:
+    """Returns the first value that is not None; None if all are."""
+    return next((value for value in values if value is not None), None)
 
 
 def _as_text(prompt: str) -> str:
@@ -112,7 +163,7 @@ def _has_bytes(text: str) -> bool:
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def _default_length(loaded: LoadedRun, prompts: list[str]) -> int:
+def _default_length(loaded: LoadedRun, prompts: Sequence[Prompt]) -> int:
     """Returns how many tokens to add: as many as fit a training row, if the prompts leave room."""
     lengths = [len(prompt_ids(loaded.tokenizer, prompt)) for prompt in prompts]
     room = loaded.config.data.seq_len - max(lengths)
@@ -121,12 +172,13 @@ def _default_length(loaded: LoadedRun, prompts: list[str]) -> int:
     return min(MAX_TOKENS, room)
 
 
-def _stream(model, tokenizer, prompt: str, sampling: dict) -> None:
+def _stream(loaded: LoadedRun, prompt: Prompt, shown: str, sampling: dict[str, Any]) -> None:
     """Writes text as soon as it is certain: a character may be spread over several tokens."""
-    stream = TextStream(tokenizer, prompt_ids(tokenizer, prompt))
-    for number, (token,) in enumerate(generate(model, tokenizer, [prompt], **sampling)):
+    stream = TextStream(loaded.tokenizer, prompt_ids(loaded.tokenizer, prompt))
+    steps = generate(loaded.model, loaded.tokenizer, [prompt], **sampling)
+    for number, (token,) in enumerate(steps):
         if number == 0:  # after compilation, during which there is something to log
-            sys.stdout.write(prompt)
+            sys.stdout.write(shown)
         if token is None:
             break
         sys.stdout.write(stream.add(token))

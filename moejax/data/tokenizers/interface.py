@@ -27,7 +27,8 @@ class Tokenizer(Protocol):
     """What all tokenizers offer.
 
     Attributes:
-      kind: "bytes", "bpe", or for those of released models "tokenizers" or "sentencepiece".
+      kind: "bytes", "bpe", for those of released models "tokenizers" or "sentencepiece", and "ids"
+        for a model that came without one.
       vocab_size: number of ids: one more than the largest.
       pad_id: id of padding.
       bos_id: id that begins a document.

@@ -9,6 +9,7 @@ from typing import Any
 from moejax.data.errors import DataError, first_line
 from moejax.data.storage.regular_files import read_regular
 from moejax.data.tokenizers.beside import REMEDY, locate, read_beside, read_bounded
+from moejax.data.tokenizers.ids import IdTokenizer
 from moejax.data.tokenizers.interface import DESCRIPTION_FILE, MODEL_FILE, Tokenizer
 from moejax.data.tokenizers.json_file import JsonTokenizer
 from moejax.data.tokenizers.learned import SentencePieceTokenizer
@@ -87,6 +88,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise _load_error(path, "is corrupt") from error
     if kind == ByteTokenizer.kind and vocab_size == ByteTokenizer.vocab_size:
         return ByteTokenizer()
+    if kind == IdTokenizer.kind and type(vocab_size) is int and vocab_size > 0:
+        return IdTokenizer(vocab_size)
     if kind not in (SentencePieceTokenizer.kind, *RELEASED):
         raise _load_error(
             path, f"has kind={kind!r} and vocab_size={vocab_size}, which do not exist"

@@ -23,7 +23,7 @@ WITHOUT_MEANING = {
     "dtype",
     "eos_token_id",
     "initializer_range",
-    "max_position_embeddings",
+    "max_position_embeddings",  # the length of texts in training, see `read_keys`
     "model_type",
     "output_router_logits",
     "pad_token_id",
@@ -232,6 +232,9 @@ def read_keys(table: Sequence[Entry], published: Mapping[str, Any]) -> dict[str,
                 f"model_type={published.get('model_type')}"
             )
     sections: dict[str, dict[str, Any]] = {}
+    length = keys.get("max_position_embeddings")
+    if length is not None:
+        sections["data"] = {"seq_len": length}
     for entry in table:
         for leaf, value in entry.read(keys).items():
             section, name = leaf.split(".")

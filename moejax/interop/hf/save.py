@@ -12,7 +12,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from moejax.config import (
-    LOSS_WEIGHTS,
+    MOE_OF_TRAINING,
+    OF_COMPUTATION,
     AttentionConfig,
     Config,
     ModelConfig,
@@ -30,33 +31,11 @@ from moejax.interop.hf.places import Arrays, named_arrays, shapes_of
 from moejax.models import Decoder
 from moejax.paths import replace_file, resolve_path
 
-OF_TRAINING = (
-    *LOSS_WEIGHTS,
-    "allow_noncausal",
-    "balance_convention",
-    "balance_scope",
-    "bias_centered",
-    "bias_rate",
-    "capacity_factor",
-    "capacity_group",
-    "capacity_order",
-    "dispatch",
-    "every",  # as first_dense and per_layer, it is in what each layer is
-    "exchange",
-    "exchange_buffer",
-    "exchange_chunks",
-    "expert_dropout",
-    "first_dense",
-    "grouped_matmul",
-    "jitter",
-    "overflow",
-    "per_layer",
-    "save_exchanged",
-)
-"""Leaves of `moe` that change nothing of how a text is evaluated without capacity."""
+BY_SHAPE = ("d_ff", "vocab_size")
+"""Leaves of `model` that are compared by the shapes of tensors."""
 
-OF_COMPUTATION = ("compute_dtype", "remat", "scan_layers", "d_ff", "vocab_size")
-"""Leaves of `model` that change nothing of what is computed, or are compared by shapes."""
+BY_LAYER = ("every", "first_dense", "per_layer")
+"""Leaves of `moe` that are in what each layer is."""
 
 
 def save_model(model: Decoder, folder: str | Path, model_type: str) -> None:
@@ -140,18 +119,17 @@ def _check_same(config: Config, read: Config, family: Family) -> None:
 
 
 def _compared() -> dict[str, list[str]]:
-    """Returns the leaves of the decoder that change what it computes, by section."""
+    """Returns the leaves of the decoder that are compared, by section."""
     model = [field.name for field in dataclasses.fields(ModelConfig)]
     attention = [field.name for field in dataclasses.fields(AttentionConfig)]
-    return {
-        "model": [name for name in model if name not in OF_COMPUTATION],
-        "attention": attention,
-    }
+    left_out = {*OF_COMPUTATION, *BY_SHAPE}
+    return {"model": [name for name in model if name not in left_out], "attention": attention}
 
 
 def _moe_leaves() -> list[str]:
     names = [field.name for field in dataclasses.fields(MoeConfig)]
-    return [name for name in names if name not in OF_TRAINING]
+    left_out = {*MOE_OF_TRAINING, *BY_LAYER}
+    return [name for name in names if name not in left_out]
 
 
 def _require_same(key: str, ours: Any, theirs: Any, family: Family) -> None:

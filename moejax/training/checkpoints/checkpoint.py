@@ -30,6 +30,7 @@ from moejax.training.checkpoints.meta import (
     check_saved,
     compare_digests,
     compare_manifests,
+    has_optimizer,
     manifest,
     named_arrays,
     read_meta,
@@ -192,17 +193,12 @@ class Checkpoints:
         step = self._choose(step)
         if step is None:
             return None
-        if not self._has_optimizer(step):
+        if not has_optimizer(self._read_meta(step)):
             _, params, router_state = self.restore_model(step)
             return self.setup.begin(params, router_state)
         arrays = self._read(step, ("model", "optimizer"))
         structure = jax.tree.structure(self.setup.abstract)
         return jax.tree.unflatten(structure, arrays.values())
-
-    def _has_optimizer(self, step: int) -> bool:
-        """Whether a step holds the optimizer's arrays: weights of others come without."""
-        _, optimizer = split_items(self._read_meta(step)["manifest"])
-        return bool(optimizer)
 
     def notes(self, step: int) -> dict[str, Any]:
         """Returns what was noted with a step."""
@@ -312,11 +308,10 @@ class Checkpoints:
         with quiet_reads():
             meta = read_meta(folder)
             wanted = manifest(self.setup.abstract)
-            _, optimizer_arrays = split_items(meta["manifest"])
-            if not optimizer_arrays:
+            if not has_optimizer(meta):
                 wanted, _ = split_items(wanted)
             compare_manifests(meta["manifest"], wanted, folder)
-            self._compare_config(meta["config"], folder)
+            self._compare_config(meta, folder)
             self._compare_tokenizer(meta["tokenizer"], folder)
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         arrays: dict[str, jax.Array] = {}
@@ -348,10 +343,11 @@ class Checkpoints:
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
         return unreadable(self.workdir, step, error, named_arrays(self.setup.abstract))
 
-    def _compare_config(self, saved: Mapping[str, Any], folder: Path) -> None:
+    def _compare_config(self, meta: Mapping[str, Any], folder: Path) -> None:
         """Compares the configuration that trained the checkpoint, even if `config.json` changed."""
         try:
-            change = first_change(resolve_recorded(saved), self.setup.config)
+            saved = resolve_recorded(meta["config"])
+            change = first_change(saved, self.setup.config, has_begun=has_optimizer(meta))
         except ConfigError as error:
             raise CheckpointError(
                 f"{folder} was saved with a configuration that cannot be used: {error}"

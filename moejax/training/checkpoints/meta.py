@@ -241,6 +241,12 @@ def named_arrays(state: TrainState) -> dict[str, Any]:
     return arrays
 
 
+def has_optimizer(meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint holds the optimizer's arrays: weights of others come without."""
+    _, optimizer = split_items(meta["manifest"])
+    return bool(optimizer)
+
+
 def split_items(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arrays of the item `model` and those of the item `optimizer`."""
     model: dict[str, Any] = {}

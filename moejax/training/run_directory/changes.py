@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from typing import Any, NamedTuple
 
-from moejax.config import AlarmConfig, Config, is_read, leaves, names_file, to_dict
+from moejax.config import AlarmConfig, Config, is_of_weights, is_read, leaves, names_file, to_dict
 from moejax.training.optimizer import make_schedule
 
 MAY_CHANGE = (
@@ -65,13 +65,18 @@ def changes(saved: Config, wanted: Config) -> list[Change]:
     return found
 
 
-def first_change(saved: Config, wanted: Config) -> Change | None:
+def first_change(saved: Config, wanted: Config, *, has_begun: bool = True) -> Change | None:
     """Returns the first difference that makes it another run; None if there is none.
+
+    A run that has not begun, for its weights were converted, may be trained in any way that fits
+    the weights.
 
     A leaf that neither configuration reads makes none: a run of an earlier version may have been
     started with one.
     """
     for change in changes(saved, wanted):
+        if not has_begun and not is_of_weights(change.key):
+            continue
         is_relevant = is_read(saved, change.key) or is_read(wanted, change.key)
         if is_relevant and change.key not in MAY_CHANGE and not _is_moved_tokenizer(change):
             return change

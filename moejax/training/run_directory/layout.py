@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from moejax.config import Config, ConfigError, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
 from moejax.paths import replace_file
 from moejax.strict_json import to_json
-from moejax.training.checkpoints.meta import newest_meta, read_notes
+from moejax.training.checkpoints.meta import has_optimizer, newest_meta, read_notes
 from moejax.training.multihost.processes import broadcast_from_primary, raise_on_all
 from moejax.training.run_directory.changes import first_change
 from moejax.training.run_directory.numerics import changed_numerics, numerics
@@ -73,20 +74,26 @@ def check_run_directory(workdir: Path, config: Config) -> None:
             f"{workdir} holds a conversion that is not finished; run moejax convert again, or use "
             "another --workdir"
         )
-    known = [read_config(workdir)] if (workdir / "config.json").exists() else []
-    meta = newest_meta(workdir)
-    if meta is not None:
-        # The checkpoint may be of another version; restoring it reports that.
-        with contextlib.suppress(ConfigError):
-            known.append(resolve_recorded(meta["config"]))
-    for saved in known:
-        change = first_change(saved, config)
+    for saved, has_begun in _known_configs(workdir):
+        change = first_change(saved, config, has_begun=has_begun)
         if change:
             saved_leaf = f"{change.key}={change.saved}"
             raise ConfigError(
                 f"{workdir} holds a run with {saved_leaf}, not {change.wanted}; give "
                 f"--config.{saved_leaf} to continue it, or use another --workdir for a new one"
             )
+
+
+def _known_configs(workdir: Path) -> Iterator[tuple[Config, bool]]:
+    """Yields the configurations of a run directory, and whether each has trained anything."""
+    if (workdir / "config.json").exists():
+        config = read_config(workdir)
+        yield config, _recorded_facts(workdir).get("corpus") is not None
+    meta = newest_meta(workdir)
+    if meta is not None:
+        # The checkpoint may be of another version; restoring it reports that.
+        with contextlib.suppress(ConfigError):
+            yield resolve_recorded(meta["config"]), has_optimizer(meta)
 
 
 def warn_of_lost_checkpoints(workdir: Path) -> None:

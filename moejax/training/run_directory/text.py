@@ -22,6 +22,9 @@ from moejax.training.run_directory.text_record import is_signed, signed_text
 PLACES_OF_SOURCE = {"files": "files", "tfds": "source_dir"}
 """The leaf that says where the documents of a source are; other sources need none."""
 
+LONGEST_ROW = 1024
+"""Tokens of a row on which released weights are evaluated, unless the user says otherwise."""
+
 log = logging.getLogger("moejax")
 
 
@@ -72,7 +75,9 @@ def open_run_corpus(
     record = RunDirectory(workdir).read_facts()
     if record.get("corpus", "") is None:
         # Converted weights, which saw no rows: any text may be evaluated.
-        return prepare(_with_places(config_data, given), tokenizer)
+        data = _with_places(config_data, given)
+        seq_len = min(data.seq_len, LONGEST_ROW)
+        return prepare(dataclasses.replace(data, seq_len=seq_len), tokenizer)
     corpus = record.get("corpus")
     if not isinstance(corpus, str):
         raise DataError(

@@ -4,12 +4,17 @@ It is copied as it is: the configuration, the tokenizer and its chat template, t
 generation. With the types of the weights, it makes a folder again that equals the first one.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+from moejax.config import Config
+from moejax.data import Tokenizer
+from moejax.data.tokenizers.ids import IdTokenizer
 from moejax.interop.hf.files.stored import StoredTensor
 from moejax.interop.hf.load import Checkpoint
+from moejax.interop.hf.text.folder import TOKENIZER_FILES, ReleasedText, find_text
 
 SOURCE_FOLDER = "hf"
 TYPES_FILE = "types.json"
@@ -47,6 +52,33 @@ def keep_texts(checkpoint: Checkpoint, folder: Path) -> None:
         source = checkpoint.weights.source(name)
         types[name] = source.type if isinstance(source, StoredTensor) else "BF16"
     (folder / TYPES_FILE).write_text(json.dumps(types, indent=1))
+
+
+def released_tokenizer(
+    config: Config, folder: Path
+) -> tuple[Config, Tokenizer, ReleasedText | None]:
+    """Returns the configuration with the tokenizer of a folder, that tokenizer, and its text side.
+
+    Without a tokenizer in the folder, text is token ids.
+
+    Args:
+      config: of the model.
+      folder: of the released model.
+
+    Raises:
+      ConfigError: the tokenizer has more ids than the embedding has rows.
+      DataError, HfError: its files are damaged.
+    """
+    text = find_text(folder)
+    if text is None:
+        tokenizer: Tokenizer = IdTokenizer(config.vocab_size)
+        file = TOKENIZER_FILES[0]
+    else:
+        text.check_rows(config.vocab_size)
+        tokenizer = text.tokenizer
+        file = next(str(folder / name) for name in TOKENIZER_FILES if (folder / name).exists())
+    data = dataclasses.replace(config.data, tokenizer=file)
+    return dataclasses.replace(config, data=data), tokenizer, text
 
 
 def read_types(folder: Path) -> dict[str, str]:

@@ -48,7 +48,7 @@ from moejax.training.run_directory.layout import CONVERTING, read_config
 FILE_BYTES = 2**28
 """Size of a file, unless a tensor alone is larger."""
 
-KEPT = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id", "torch_dtype")
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype")
 """Keys of a released model's `config.json` that say nothing of what it computes, and are kept."""
 
 NO_SUMS = np.zeros(2, np.uint32)

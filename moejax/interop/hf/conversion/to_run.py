@@ -4,6 +4,7 @@ Weights go piece by piece from safetensors files into a checkpoint of step 0. Wh
 in `converting/` of the run directory, which has no `config.json` before the end.
 """
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -18,8 +19,9 @@ import numpy as np
 
 import moejax
 from moejax.config import to_dict
+from moejax.data import Tokenizer
 from moejax.interop.hf.conversion.journal import Journal
-from moejax.interop.hf.conversion.texts import SOURCE_FOLDER, keep_texts
+from moejax.interop.hf.conversion.texts import SOURCE_FOLDER, keep_texts, released_tokenizer
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.files.quantized import Source
 from moejax.interop.hf.load import Checkpoint, empty_model, open_checkpoint
@@ -28,7 +30,7 @@ from moejax.interop.hf.places import Arrays, named_arrays, shapes_of
 from moejax.locks import FolderLock
 from moejax.models.parameters import count_parameters
 from moejax.training.checkpoints.digests import digest_of, sums_of_region
-from moejax.training.checkpoints.meta import tokenizer_digests
+from moejax.training.checkpoints.meta import TOKENIZER_FILES, tokenizer_digests
 from moejax.training.checkpoints.streamed import Layout, StreamedCheckpoint, make_skeleton
 from moejax.training.run_directory.layout import CONVERTING, write_run_directory
 
@@ -64,9 +66,11 @@ def convert_to_run(folder: str | Path, workdir: Path, *, command: str = "") -> C
     checkpoint = open_checkpoint(folder)
     _, params, others = empty_model(checkpoint.config)
     sources = checkpoint.claim(named_arrays(params), named_arrays(others))
+    config, tokenizer, _ = released_tokenizer(checkpoint.config, checkpoint.folder)
+    checkpoint = dataclasses.replace(checkpoint, config=config)
     check_empty(workdir, "--workdir")
     with FolderLock(workdir, "convert"):
-        conversion = _Conversion(checkpoint, workdir, sources, _of_state(params, others))
+        conversion = _Conversion(checkpoint, tokenizer, workdir, sources, _of_state(params, others))
         try:
             conversion.run()
         except HfError:  # it would fail again
@@ -109,6 +113,7 @@ class _Conversion:
 
     Args:
       checkpoint: what is converted.
+      tokenizer: of the model.
       workdir: the run directory, which this process has locked.
       sources: its tensors by name.
       arrays: parameters, and what else the model carries, by path.
@@ -117,12 +122,14 @@ class _Conversion:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        tokenizer: Tokenizer,
         workdir: Path,
         sources: Mapping[str, Source],
         arrays: tuple[Arrays, Arrays],
     ):
         params, others = arrays
         self.checkpoint = checkpoint
+        self.tokenizer = tokenizer
         self.workdir = workdir
         self.staging = workdir / CONVERTING
         self.sources = sources
@@ -169,7 +176,7 @@ class _Conversion:
 
     def finish(self, command: str) -> None:
         """Moves what was written to its place; `config.json`, which makes it a run, comes last."""
-        move_all(self.staging, self.workdir, ("checkpoints", SOURCE_FOLDER))
+        move_all(self.staging, self.workdir, ("checkpoints", SOURCE_FOLDER, *TOKENIZER_FILES))
         config = self.checkpoint.config
         write_run_directory(self.workdir, config, count_parameters(config), None, command)
         shutil.rmtree(self.staging)
@@ -182,6 +189,7 @@ class _Conversion:
             for name in ("checkpoints", SOURCE_FOLDER):
                 shutil.rmtree(self.staging / name, ignore_errors=True)
             keep_texts(self.checkpoint, self.staging / SOURCE_FOLDER)
+            self.tokenizer.save(self.staging)
             make_skeleton(self.staging / "checkpoints", 0, self._layouts())
         else:
             log.info("going on after %d of %d pieces", len(journal.done), len(self.pieces))
@@ -231,7 +239,7 @@ class _Conversion:
             "manifest": manifest,
             "digests": {self._name(name): digest_of(sums) for name, sums in self.sums.items()},
             "config": to_dict(self.checkpoint.config),
-            "tokenizer": tokenizer_digests(self.workdir),
+            "tokenizer": tokenizer_digests(self.staging),
             "metrics": None,
             "notes": {},
         }

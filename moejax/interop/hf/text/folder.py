@@ -67,6 +67,16 @@ class ReleasedText:
         return self.tokenizer.encode_markup(text)
 
 
+def find_text(folder: Path) -> ReleasedText | None:
+    """Returns the text side of the model in a folder; None if it has no tokenizer.
+
+    Raises:
+      HfError, DataError: a file is damaged, or makes no sense.
+    """
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
+    return read_text(folder) if has_tokenizer else None
+
+
 def read_text(folder: str | Path) -> ReleasedText:
     """Returns the text side of the model in a folder.
 
