@@ -116,7 +116,8 @@ class TrainingRun:
             if state is None:
                 warn_of_lost_checkpoints(self.workdir)
                 return self.setup.init(self.seed)
-        log_changes(self.checkpoints.config(step), self.config, step)
+        if step:  # a run that begins with weights of others continues none
+            log_changes(self.checkpoints.config(step), self.config, step)
         return state
 
     def open(self, start_step: int) -> RunFiles:

@@ -36,7 +36,7 @@ from moejax.interop.hf.conversion.compare import (
     compare,
     read_reference,
 )
-from moejax.interop.hf.conversion.to_hf import convert_to_hf
+from moejax.interop.hf.conversion.to_hf import TORCH_DTYPES, convert_to_hf
 from moejax.interop.hf.conversion.to_run import convert_to_run
 from moejax.interop.hf.load import load_model, read_config
 from moejax.models.parameters import count_parameters
@@ -67,6 +67,13 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     )
     flags.DEFINE_integer(
         "step", None, "with --to_hf: a saved step; default the newest", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        list(TORCH_DTYPES),
+        "with --to_hf: of all tensors; default as released, or float32 after training",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "compare",
@@ -122,7 +129,13 @@ def _to_run(values: FlagValues) -> None:
 
 def _to_hf(values: FlagValues) -> None:
     folder = read_folder_to_write(values.to_hf, "--to_hf")
-    family = convert_to_hf(read_workdir(values), folder, model_type=values.family, step=values.step)
+    family = convert_to_hf(
+        read_workdir(values),
+        folder,
+        model_type=values.family,
+        step=values.step,
+        dtype=values.dtype or "",
+    )
     rows = {"family": family.model_type, "folder": str(folder)}
     print_result(rows, is_json=values.json)
 

@@ -19,6 +19,9 @@ from moejax.interop.hf.text.folder import TOKENIZER_FILES, ReleasedText, find_te
 SOURCE_FOLDER = "hf"
 TYPES_FILE = "types.json"
 
+TYPE_OF_QUANTIZED = "BF16"
+"""As which weights in blocks of few bits are written: what is left of their scales is rounded."""
+
 TEXTS = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -50,7 +53,7 @@ def keep_texts(checkpoint: Checkpoint, folder: Path) -> None:
     types = {}
     for name in checkpoint.weights.names:
         source = checkpoint.weights.source(name)
-        types[name] = source.type if isinstance(source, StoredTensor) else "BF16"
+        types[name] = source.type if isinstance(source, StoredTensor) else TYPE_OF_QUANTIZED
     (folder / TYPES_FILE).write_text(json.dumps(types, indent=1))
 
 

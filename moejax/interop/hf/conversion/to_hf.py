@@ -41,15 +41,18 @@ from moejax.locks import FolderLock
 from moejax.paths import replace_file
 from moejax.training.checkpoints.checkpoint import CheckpointError
 from moejax.training.checkpoints.digests import digest_of, sums_of_region
-from moejax.training.checkpoints.meta import DamageError, read_meta, saved_steps
+from moejax.training.checkpoints.meta import DamageError, has_optimizer, read_meta, saved_steps
 from moejax.training.checkpoints.streamed import StreamedCheckpoint
 from moejax.training.run_directory.layout import CONVERTING, read_config
 
 FILE_BYTES = 2**28
 """Size of a file, unless a tensor alone is larger."""
 
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype")
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of a released model's `config.json` that say nothing of what it computes, and are kept."""
+
+TORCH_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""How `config.json` and safetensors call the types that are written."""
 
 NO_SUMS = np.zeros(2, np.uint32)
 """What no region contributes to a digest."""
@@ -69,7 +72,12 @@ class File:
 
 
 def convert_to_hf(
-    workdir: Path, folder: Path, *, model_type: str = "", step: int | None = None
+    workdir: Path,
+    folder: Path,
+    *,
+    model_type: str = "",
+    step: int | None = None,
+    dtype: str = "",
 ) -> Family:
     """Writes a checkpoint of a run in the Hugging Face layout.
 
@@ -81,6 +89,8 @@ def convert_to_hf(
       model_type: of the family, such as "mixtral"; by default the one it was converted from, or
         the first that fits.
       step: a saved step; None takes the newest.
+      dtype: of all tensors, one of `TORCH_DTYPES`; by default as they were released, or float32
+        where they were trained since.
 
     Returns:
       The family.
@@ -95,7 +105,7 @@ def convert_to_hf(
     keys = published_keys(run.config, family)
     check_empty(folder, "--to_hf")
     with FolderLock(folder, "convert"):
-        export = _Export(run, family, folder)
+        export = _Export(run, family, folder, dtype)
         try:
             export.run()
         except (HfError, CheckpointError):  # it would fail again
@@ -186,9 +196,10 @@ class _Export:
       source: what is converted.
       family: as which it is written.
       folder: that this process has locked.
+      dtype: of all tensors; "" is that of each in the released model, or float32.
     """
 
-    def __init__(self, source: _Run, family: Family, folder: Path):
+    def __init__(self, source: _Run, family: Family, folder: Path, dtype: str):
         self.source = source
         self.folder = folder
         self.staging = folder / CONVERTING
@@ -196,12 +207,14 @@ class _Export:
         arrays = named_arrays(params) | named_arrays(others)
         self.field_of = dict.fromkeys(named_arrays(params), "params")
         self.shapes = shapes_of(arrays)
-        self.types = read_types(source.workdir / SOURCE_FOLDER)
+        is_untouched = not dtype and not has_optimizer(source.meta)
+        self.types = read_types(source.workdir / SOURCE_FOLDER) if is_untouched else {}
+        self.default_type = TORCH_DTYPES[dtype or "float32"]
         self.files = _files(list(pieces_of(source.config, family, self.shapes)), self.dtype)
 
     def dtype(self, tensor: str) -> np.dtype:
-        """Returns the type that a tensor is written with: as it was released, or float32."""
-        return DTYPES.get(self.types.get(tensor, "F32"), np.dtype(np.float32))
+        """Returns the type that a tensor is written with."""
+        return DTYPES[self.types.get(tensor, self.default_type)]
 
     def run(self) -> None:
         """Writes all files that are not written yet, and compares the digests of all arrays."""
@@ -239,9 +252,15 @@ class _Export:
             if name != "config.json" and (texts / name).is_file():
                 shutil.copyfile(texts / name, self.folder / name)
         kept = {key: published[key] for key in KEPT if key in published}
-        content = json.dumps({**keys, **kept}, indent=2)
+        content = json.dumps({**keys, **kept, "torch_dtype": self._torch_dtype()}, indent=2)
         shutil.rmtree(self.staging)
         replace_file(self.folder / "config.json", content.encode())
+
+    def _torch_dtype(self) -> str:
+        """Returns the type of most tensors, as `config.json` calls it."""
+        types = [self.types.get(name, self.default_type) for name in self._index()["weight_map"]]
+        most = max(set(types), key=types.count)
+        return next(name for name, kind in TORCH_DTYPES.items() if kind == most)
 
     def _write(self, file: File, stored: StreamedCheckpoint) -> dict[str, list[int]]:
         """Writes a file; returns what its pieces contribute to the digests of arrays."""
@@ -290,6 +309,7 @@ class _Export:
             "moejax": moejax.__version__,
             "checkpoint": hashlib.sha256(meta).hexdigest(),
             "files": [file.name for file in self.files],
+            "dtype": self.default_type,
         }
 
     def _name(self, array: str) -> str:
