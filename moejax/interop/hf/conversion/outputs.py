@@ -221,16 +221,17 @@ def pooled_balance_loss(stats: Sequence[RoutingStats], segments_BL: jax.Array) -
     """Returns the balance loss as the reference of most families has it.
 
     E times the sum over experts of choices a token and mean probability, tokens of all layers
-    pooled before the product; probabilities are the softmax of the logits, whatever the router
-    makes of them. Ours has one such loss a layer.
+    pooled before the product. Choices and probabilities are those of the softmax of the logits,
+    whatever the router makes of them. Ours has one such loss a layer.
     """
     is_token_T = segments_BL.reshape(-1) > 0
     load_E = probs_E = num_tokens = jnp.float32(0)
     for group in stats:
         logits_NTE = group.routing.logits_TE
         num_layers, _, num_experts = logits_NTE.shape
-        # A masked token has the id E, of which nothing is left here.
-        chosen_NTKE = jax.nn.one_hot(group.routing.experts_TK, num_experts)
+        top_k = group.routing.experts_TK.shape[-1]
+        _, chosen_NTK = jax.lax.top_k(logits_NTE, top_k)
+        chosen_NTKE = jax.nn.one_hot(chosen_NTK, num_experts) * is_token_T[None, :, None, None]
         load_E += chosen_NTKE.sum(axis=(0, 1, 2))
         probs_NTE = jax.nn.softmax(logits_NTE) * is_token_T[None, :, None]
         probs_E += probs_NTE.sum(axis=(0, 1))
