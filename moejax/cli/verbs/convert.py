@@ -173,7 +173,7 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "agrees": comparison.agrees,
         "arrays": arrays,
-        "experts_agree": {str(layer): same for layer, same in comparison.experts_agree.items()},
+        "experts_agree": comparison.experts_agree,
         "tokens_agree": comparison.tokens_agree,
         "not_compared": comparison.not_compared,
     }
@@ -197,7 +197,7 @@ def _print_summary(comparison: Comparison) -> None:
         rows.append(row)
     print_table(rows, "")
     for what, agreement in (
-        ("layers select the reference's experts", comparison.experts_agree),
+        ("routers select the reference's experts", comparison.experts_agree),
         ("greedy texts are the reference's", comparison.tokens_agree),
     ):
         if agreement:
@@ -222,8 +222,8 @@ def _first(comparison: Comparison) -> str:
             f"{worst.name} by {worst.relative:.2g} of its largest magnitude, and at most "
             f"{worst.tolerance:g} is tolerated"
         )
-    layers = [layer for layer, same in comparison.experts_agree.items() if not same]
-    if layers:
-        return f"tokens of layer {layers[0]} select other experts"
+    routers = [router for router, same in comparison.experts_agree.items() if not same]
+    if routers:
+        return f"tokens select other experts at {routers[0]}"
     texts = [name for name, same in comparison.tokens_agree.items() if not same]
     return f"{texts[0]} are other tokens"

@@ -54,14 +54,14 @@ class Comparison:
 
     Attributes:
       differences: of the arrays that both have.
-      experts_agree: whether every token selects the same experts, by layer; empty without routing
-        in the file.
+      experts_agree: whether every token selects the same experts, by router, such as `router.0`;
+        empty without routing in the file.
       tokens_agree: whether greedy continuations are the same, by name.
       not_compared: names of arrays in the file that nothing here corresponds to.
     """
 
     differences: list[Difference]
-    experts_agree: dict[int, bool]
+    experts_agree: dict[str, bool]
     tokens_agree: dict[str, bool]
     not_compared: list[str]
 
@@ -130,9 +130,9 @@ def compare(
         if logits_name in reference:
             differences.append(_difference(logits_name, logits_SBV, reference, tolerance))
     compared = {each.name for each in differences} | tokens_agree.keys()
-    compared |= {f"router.{layer}.indices" for layer in experts_agree}
+    compared |= {f"{router}.indices" for router in experts_agree}
     # Weights are those of `combine` in the order of indices.
-    compared |= {f"router.{layer}.weights" for layer in experts_agree}
+    compared |= {f"{router}.weights" for router in experts_agree}
     left = [name for name in reference if name not in compared and not INPUTS.fullmatch(name)]
     return Comparison(differences, experts_agree, tokens_agree, left)
 
@@ -154,13 +154,13 @@ def _outputs(outputs: Outputs, reference: Mapping[str, np.ndarray]) -> Named:
     yield from outputs.logits()
     if any(name.startswith(("hidden.", "attn_out.", "mlp_")) for name in reference):
         yield from outputs.layers()
-    for layer, routing in outputs.routings():
+    for router, routing in outputs.routings():
         num_experts = routing.logits_TE.shape[-1]
         combine_TE = np.zeros((len(routing.experts_TK), num_experts + 1))
         experts_TK, weights_TK = np.asarray(routing.experts_TK), np.asarray(routing.weights_TK)
         np.put_along_axis(combine_TE, experts_TK, weights_TK, axis=1)
-        yield f"router.{layer}.logits", routing.logits_TE
-        yield f"router.{layer}.combine", combine_TE[:, :num_experts]
+        yield f"{router}.logits", routing.logits_TE
+        yield f"{router}.combine", combine_TE[:, :num_experts]
     for padding in (LEFT, RIGHT):
         if f"{padding}input_ids" in reference:
             yield from outputs.losses(padding).items()
@@ -168,13 +168,13 @@ def _outputs(outputs: Outputs, reference: Mapping[str, np.ndarray]) -> Named:
 
 def _selected_experts(
     outputs: Outputs, reference: Mapping[str, np.ndarray]
-) -> Iterator[tuple[int, bool]]:
-    """Yields for each MoE layer whether all tokens select the reference's experts."""
-    for layer, routing in outputs.routings():
-        expected_TK = reference.get(f"router.{layer}.indices")
+) -> Iterator[tuple[str, bool]]:
+    """Yields for each router whether all tokens select the reference's experts."""
+    for router, routing in outputs.routings():
+        expected_TK = reference.get(f"{router}.indices")
         if expected_TK is not None:
             found_TK = np.sort(routing.experts_TK, axis=-1)
-            yield layer, np.array_equal(found_TK, np.sort(expected_TK, axis=-1))
+            yield router, np.array_equal(found_TK, np.sort(expected_TK, axis=-1))
 
 
 def _continuations(

@@ -99,14 +99,15 @@ class Outputs:
             for name, array in parts.items():
                 yield f"{name}.{layer}", array
 
-    def routings(self) -> Iterator[tuple[int, Routing]]:
-        """Yields the routing of each MoE layer with the number of the layer."""
-        stats = self.run()[2]
+    def routings(self) -> Iterator[tuple[str, Routing]]:
+        """Yields the routing of each MoE layer, and of attention that has experts, by name."""
         layers = iter(self.model.config.moe_layers)
-        for group in stats:
-            num_layers = len(group.routing.experts_TK)
-            for n in range(num_layers):
-                yield next(layers), jax.tree.map(lambda x, n=n: x[n], group.routing)
+        for group in self.run()[2]:
+            for n in range(len(group.routing.experts_TK)):
+                layer = next(layers)
+                yield f"router.{layer}", _layer_of(group.routing, n)
+                if group.attention is not None:
+                    yield f"attn_router.{layer}", _layer_of(group.attention.routing, n)
 
     def losses(self, padding: str = "") -> dict[str, float]:
         """Returns the losses of the reference by name, of inputs that are their own labels."""
@@ -116,8 +117,12 @@ class Outputs:
         nats_BL1 = -jnp.take_along_axis(log_probs_BLV, tokens_BL[:, 1:, None], axis=-1)
         is_target_BL = segments_BL[:, 1:] > 0
         loss = jnp.where(is_target_BL, nats_BL1[..., 0], 0.0).sum() / is_target_BL.sum()
-        aux = pooled_balance_loss(stats, segments_BL)
+        aux = self._balance_loss(stats, segments_BL)
         return self._named_losses(padding, float(loss), float(aux))
+
+    def _balance_loss(self, stats: Sequence[RoutingStats], segments_BL: jax.Array) -> jax.Array:
+        factor = self.model.config.attention.router_loss_factor
+        return pooled_balance_loss(stats, segments_BL, factor)
 
     def _named_losses(self, padding: str, loss: float, aux: float) -> dict[str, float]:
         total = loss + self._balance_weight * aux
@@ -141,7 +146,7 @@ class Outputs:
             hidden_BLD, stats = model(tokens_BL, segments_BL, positions_BL, trace=True)
             nats_BL = model.cross_entropy(hidden_BLD[:, :-1], jnp.maximum(targets_BL, 0))
             loss = jnp.where(is_target_BL, nats_BL, 0.0).sum() / is_target_BL.sum()
-            return loss, pooled_balance_loss(stats, segments_BL)
+            return loss, self._balance_loss(stats, segments_BL)
 
         both, pull_back, *_ = jax.vjp(losses, params)
         loss, aux = both
@@ -217,25 +222,41 @@ def _layer_program(graphdef: nnx.GraphDef, shared_beside: bool) -> Callable[...,
     return compute
 
 
-def pooled_balance_loss(stats: Sequence[RoutingStats], segments_BL: jax.Array) -> jax.Array:
+def _layer_of(routing: Routing, n: int) -> Routing:
+    """Returns the routing of one layer of several."""
+    return jax.tree.map(lambda by_layer: by_layer[n], routing)
+
+
+def pooled_balance_loss(
+    stats: Sequence[RoutingStats], segments_BL: jax.Array, attention_weight: float
+) -> jax.Array:
     """Returns the balance loss as the reference of most families has it.
 
     E times the sum over experts of choices a token and mean probability, tokens of all layers
     pooled before the product. Choices and probabilities are those of the softmax of the logits,
     whatever the router makes of them. Ours has one such loss a layer.
+
+    Args:
+      stats: by group of layers, with routing.
+      segments_BL: 0 at padding.
+      attention_weight: how often tokens of the routers of attention count.
     """
     is_token_T = segments_BL.reshape(-1) > 0
     load_E = probs_E = num_tokens = jnp.float32(0)
+    num_experts = 0
     for group in stats:
-        logits_NTE = group.routing.logits_TE
-        num_layers, _, num_experts = logits_NTE.shape
-        top_k = group.routing.experts_TK.shape[-1]
-        _, chosen_NTK = jax.lax.top_k(logits_NTE, top_k)
-        chosen_NTKE = jax.nn.one_hot(chosen_NTK, num_experts) * is_token_T[None, :, None, None]
-        load_E += chosen_NTKE.sum(axis=(0, 1, 2))
-        probs_NTE = jax.nn.softmax(logits_NTE) * is_token_T[None, :, None]
-        probs_E += probs_NTE.sum(axis=(0, 1))
-        num_tokens += num_layers * is_token_T.sum()
+        routers = [(1.0, group.routing)]
+        if group.attention is not None:
+            routers.append((attention_weight, group.attention.routing))
+        for weight, routing in routers:
+            num_layers, _, num_experts = routing.logits_TE.shape
+            chosen_NTK = jax.lax.top_k(routing.logits_TE, routing.experts_TK.shape[-1])[1]
+            chosen_NTE = jax.nn.one_hot(chosen_NTK, num_experts).sum(axis=2)
+            probs_NTE = jax.nn.softmax(routing.logits_TE)
+            weight_1T1 = weight * is_token_T[None, :, None]
+            load_E += (chosen_NTE * weight_1T1).sum(axis=(0, 1))
+            probs_E += (probs_NTE * weight_1T1).sum(axis=(0, 1))
+            num_tokens += num_layers * weight_1T1.sum()
     if not stats:
         return jnp.float32(0)
-    return logits_NTE.shape[-1] * (load_E / num_tokens) @ (probs_E / num_tokens)
+    return num_experts * (load_E / num_tokens) @ (probs_E / num_tokens)

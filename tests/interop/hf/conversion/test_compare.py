@@ -65,7 +65,7 @@ def test_other_experts_and_other_tokens_are_noticed():
     tokens_BL[1, -1] += 1
     changed["lpad.gen.tokens"] = tokens_BL
     found = compare(*mixtral(), changed)
-    assert found.experts_agree == {0: True, 1: False, 2: True}
+    assert found.experts_agree == {"router.0": True, "router.1": False, "router.2": True}
     assert found.tokens_agree == {"gen.tokens": True, "lpad.gen.tokens": False}
     assert all(each.is_within for each in found.differences)
     assert not found.agrees
