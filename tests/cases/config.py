@@ -67,6 +67,7 @@ SPECIMENS = {
     "data.tokenizer": ("bytes", {}),
     "data.text_field": ("body", {"data.source": "files", "data.files": "texts"}),
     "moe.score": ("softmax_after", {}),
+    "moe.weight_norm": (2.0, {}),
     "moe.jitter": (0.01, {}),
     "moe.num_groups": (4, {"moe.top_k_groups": 2}),
     "moe.top_k_groups": (2, {"moe.num_groups": 4}),

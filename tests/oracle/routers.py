@@ -101,16 +101,17 @@ def select_one(values_E, top_k, allowed=None):
     return sorted(candidates, key=lambda e: (-float(values_E[e]), e))[:top_k]
 
 
-def weigh_one(logits_E, experts, score, renormalize, scale=1.0, floor=0.0):
-    """Weights of the selected: scale * s_e, or scale * s_e / (sum of s over the selected, at least
-    `floor`). The bias has no part in it.
+def weigh_one(logits_E, experts, score, renormalize, scale=1.0, weight_norm=1.0, floor=0.0):
+    """Weights of the selected: scale * s_e, or scale * s_e / (sum of s^p over the selected)^(1/p)
+    with p = `weight_norm`, the root at least `floor`. The bias has no part in it.
     `softmax_after` is always a softmax over the selected logits, and `uniform` always 1/K.
     """
     scores_E = scores_one(logits_E, score)
     weights = [scores_E[e] for e in experts]
     if renormalize or score in ("softmax_after", "uniform"):
-        total = max(sum(weights), floor)
-        weights = [weight / total for weight in weights]
+        p = 1.0 if score == "uniform" else weight_norm
+        norm = max(sum(weight**p for weight in weights) ** (1 / p), floor)
+        weights = [weight / norm for weight in weights]
     return [scale * weight for weight in weights]
 
 
@@ -131,6 +132,7 @@ def route_scored(
     num_groups=1,
     top_k_groups=1,
     group_score="top2_sum",
+    weight_norm=1.0,
     floor=0.0,
 ) -> Routed:
     """Top-K of s + b, or of l + b, within the best groups; weights from the unbiased s. Covers
@@ -151,7 +153,7 @@ def route_scored(
         return (
             probs_one(logits_TE[t], score),
             experts,
-            weigh_one(logits_TE[t], experts, score, renormalize, scale, floor),
+            weigh_one(logits_TE[t], experts, score, renormalize, scale, weight_norm, floor),
         )
 
     return route_each(mask_T, num_experts, top_k, route_token)

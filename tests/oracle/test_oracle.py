@@ -63,6 +63,9 @@ def test_weights_are_the_scores_of_the_selected_renormalised_when_asked():
     near(routers.weigh_one(TENTHS, [1, 3], "softmax_after", False), [0.75, 0.25])  # 3 and 1 over 4
     near(routers.weigh_one(QUARTERS, [2, 0], "sigmoid", True), [0.25, 0.75])
     near(routers.weigh_one(TENTHS, [0, 2], "uniform", False, 3.0), [1.5, 1.5])
+    squares = 0.4**2 + 0.3**2  # the root of which is a half
+    near(squares, 0.25)
+    near(routers.weigh_one(TENTHS, [0, 1], "softmax", True, weight_norm=2.0), [0.8, 0.6])
 
 
 # Token choice

@@ -12,6 +12,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 BILLIONS = {
     "mixtral_8x7b": (46.7, 12.9),
+    "published/dbrx": (131.6, 36.5),
     "published/deepseek_v3": (671.0, 37.5),
     "published/flex_olmo_7x7b": (33.3, 24.6),
     "published/gpt_oss_shapes:120b": (116.8, 5.7),

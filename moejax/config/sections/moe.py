@@ -164,7 +164,17 @@ class MoeConfig:
         needs=CAN_SELECT_BY_LOGITS,
     )
     renormalize: bool = leaf(
-        True, "make the selected weights sum to 1, before route_scale", needs=CAN_RENORMALIZE
+        True,
+        "make the selected weights sum to 1 (see weight_norm), before route_scale",
+        needs=CAN_RENORMALIZE,
+    )
+    weight_norm: float = leaf(
+        1.0,
+        "p of the p-norm of the selected weights that they are divided by: 1 is their sum, 2 the "
+        "root of the sum of their squares",
+        above=0,
+        at_most=1000,
+        needs=all_of(CAN_RENORMALIZE, value("moe.renormalize", True)),
     )
     renormalize_floor: float = leaf(
         0.0,

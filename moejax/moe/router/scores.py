@@ -75,18 +75,34 @@ def combine_weights(
       log_scores_TE: from `log_scores`.
       experts_TK: selected experts; where an id is E the weight is 0, and the others share
         what there is.
-      config: for `score`, `renormalize`, `renormalize_floor` and `route_scale`.
+      config: for `score`, `renormalize`, `weight_norm`, `renormalize_floor` and `route_scale`.
     """
     taken_TK = log_weights(log_scores_TE, experts_TK)
-    if config.renormalize or config.score == "uniform":
+    if config.score == "uniform":
         weights_TK = jax.nn.softmax(taken_TK, axis=-1)
-        if config.renormalize_floor:
-            total_T1 = jnp.exp(taken_TK).sum(axis=-1, keepdims=True)
-            weights_TK *= jnp.minimum(total_T1 / config.renormalize_floor, 1.0)
+    elif config.renormalize:
+        weights_TK = _over_norm(taken_TK, config.weight_norm, config.renormalize_floor)
     else:
         weights_TK = jnp.exp(taken_TK)
     is_expert_TK = experts_TK < log_scores_TE.shape[-1]
     return jnp.where(is_expert_TK, weights_TK * config.route_scale, 0.0)
+
+
+def _over_norm(log_weights_TK: Float[Array, "T K"], p: float, floor: float) -> Float[Array, "T K"]:
+    """Returns weights over the p-th root of the sum of their p-th powers, which is at least `floor`.
+
+    Args:
+      log_weights_TK: their logarithms.
+      p: 1 divides by their sum.
+      floor: 0 for none.
+    """
+    if p == 1 and not floor:
+        return jax.nn.softmax(log_weights_TK, axis=-1)
+    log_norm_T1 = jax.nn.logsumexp(p * log_weights_TK, axis=-1, keepdims=True) / p
+    weights_TK = jnp.exp(log_weights_TK - log_norm_T1)
+    if floor:
+        weights_TK *= jnp.minimum(jnp.exp(log_norm_T1) / floor, 1.0)
+    return weights_TK
 
 
 def spread_over_survivors(

@@ -109,6 +109,17 @@ def test_weights_are_divided_by_no_less_than_the_floor(score):
         assert (sums_T < 0.999).any() == (floor == 0.6) and sums_T.max() > 0.999
 
 
+@pytest.mark.parametrize("score", ["softmax", "softmax_after", "sigmoid"])
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.5, 2.0, 40.0]))
+def test_weights_are_divided_by_their_norm(score, seed, weight_norm):
+    how = {"score": score, "top_k": 3, "renormalize": True, "weight_norm": weight_norm}
+    name = "sigmoid_topk" if score == "sigmoid" else "softmax_topk"
+    logits_TE, mask_T = draw(seed)
+    routing = router(config_of(router=name, **how))({"logits_TE": logits_TE, "mask_T": mask_T})
+    check(routing, truth.route_scored(logits_TE, mask_T, **how), mask_T)
+
+
 @pytest.mark.parametrize("group_score", ["top2_sum", "max"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 @settings(max_examples=8, deadline=None)
