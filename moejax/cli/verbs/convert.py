@@ -176,6 +176,7 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
         "experts_agree": comparison.experts_agree,
         "tokens_agree": comparison.tokens_agree,
         "not_compared": comparison.not_compared,
+        "deviations": comparison.deviations,
     }
 
 
@@ -204,6 +205,8 @@ def _print_summary(comparison: Comparison) -> None:
             print(f"{sum(agreement.values())} of {len(agreement)} {what}")
     if comparison.not_compared:
         print(f"not compared: {', '.join(comparison.not_compared)}")
+    for name, why in comparison.deviations.items():
+        print(f"not compared: {name}: {why}")
 
 
 def _kind(name: str) -> str:

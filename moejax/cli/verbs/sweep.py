@@ -32,8 +32,7 @@ from moejax.cli.options import (
 )
 from moejax.cli.printable import printable
 from moejax.cli.recipe import recipe_name
-from moejax.cli.tables import print_result, print_table
-from moejax.cli.verbs.sweep_search import (
+from moejax.cli.sweep.search import (
     OF_DRAWS,
     OF_STUDIES,
     define_search,
@@ -44,8 +43,9 @@ from moejax.cli.verbs.sweep_search import (
     show_dashboard,
     shown_command,
 )
-from moejax.cli.verbs.sweep_space import read_space
-from moejax.cli.verbs.sweep_tables import print_plan, settings_rows
+from moejax.cli.sweep.space import read_space
+from moejax.cli.sweep.tables import print_plan, settings_rows
+from moejax.cli.tables import print_result, print_table
 from moejax.paths import check_writable, resolve_path
 from moejax.sweeps import varied_keys
 from moejax.sweeps.arms import Plan, plan_arms

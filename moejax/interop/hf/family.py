@@ -31,6 +31,7 @@ class Family:
         how a text is evaluated.
       shared_beside: whether the reference's module of experts is without the shared one, which it
         adds after it; only arrays `mlp_out` of a reference file depend on it.
+      deviations: arrays of a reference file that are otherwise here on purpose, and why.
     """
 
     model_type: str
@@ -43,3 +44,4 @@ class Family:
     prefix: str = "model.layers.{layer}."
     is_ignored: Callable[[str, Mapping[str, Any]], bool] = _is_frequency
     shared_beside: bool = False
+    deviations: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -89,7 +89,7 @@ def combine_weights(
 
 
 def _over_norm(log_weights_TK: Float[Array, "T K"], p: float, floor: float) -> Float[Array, "T K"]:
-    """Returns weights over the p-th root of the sum of their p-th powers, which is at least `floor`.
+    """Returns weights over the p-th root of the sum of their p-th powers, at least `floor`.
 
     Args:
       log_weights_TK: their logarithms.

@@ -567,7 +567,7 @@ def moejax(monkeypatch, tmp_path, capsys):
         return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
 
     # Tests have a compilation cache of their own.
-    monkeypatch.setattr("moejax.cli.verbs.sweep_search.keep_compilation_cache", lambda: None)
+    monkeypatch.setattr("moejax.cli.sweep.search.keep_compilation_cache", lambda: None)
     return run
 
 
@@ -585,7 +585,7 @@ def test_neither_files_nor_the_log_hold_the_password_of_a_storage(
     def create_in_journal(storage, name, definition):
         return create_study(str(tmp_path / "study.journal"), name, definition)
 
-    monkeypatch.setattr("moejax.cli.verbs.sweep_search.create_study", create_in_journal)
+    monkeypatch.setattr("moejax.cli.sweep.search.create_study", create_in_journal)
     url = "postgresql+psycopg://someone:s3cret@host/d?sslpassword=s3cret"
     assert moejax(*SEARCH, *form.format(url).split())[0] == 0
     assert main(["sweep", "report", str(tmp_path)]) == 0

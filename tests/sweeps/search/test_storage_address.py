@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.cli import main
-from moejax.cli.verbs.sweep_search import shown_command
+from moejax.cli.sweep.search import shown_command
 from moejax.sweeps import choice
 from moejax.sweeps.search.definition import Definition, StudyError, search_axes
 from moejax.sweeps.search.storage_address import (

@@ -58,12 +58,14 @@ class Comparison:
         empty without routing in the file.
       tokens_agree: whether greedy continuations are the same, by name.
       not_compared: names of arrays in the file that nothing here corresponds to.
+      deviations: arrays that are otherwise here on purpose, and why.
     """
 
     differences: list[Difference]
     experts_agree: dict[str, bool]
     tokens_agree: dict[str, bool]
     not_compared: list[str]
+    deviations: dict[str, str]
 
     @property
     def agrees(self) -> bool:
@@ -111,6 +113,8 @@ def compare(
       HfError: inputs that the model cannot take.
     """
     _check_inputs(model, reference)
+    deviations = {name: why for name, why in family.deviations.items() if name in reference}
+    reference = {name: array for name, array in reference.items() if name not in deviations}
     outputs = Outputs(model, family, reference)
     differences = []
     for name, found in _outputs(outputs, reference):
@@ -134,7 +138,7 @@ def compare(
     # Weights are those of `combine` in the order of indices.
     compared |= {f"{router}.weights" for router in experts_agree}
     left = [name for name in reference if name not in compared and not INPUTS.fullmatch(name)]
-    return Comparison(differences, experts_agree, tokens_agree, left)
+    return Comparison(differences, experts_agree, tokens_agree, left, deviations)
 
 
 def _check_inputs(model: Decoder, reference: Mapping[str, np.ndarray]) -> None:

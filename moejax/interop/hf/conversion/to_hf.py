@@ -129,16 +129,16 @@ def choose_family(config: Config, model_type: str, source: Mapping[str, Any]) ->
     """
     if model_type and model_type not in FAMILIES:
         raise HfError(f"--family={model_type} is not known; the families are {', '.join(FAMILIES)}")
-    wanted = model_type or str(source.get("model_type", ""))
-    if wanted in FAMILIES:
-        published_keys(config, FAMILIES[wanted])
-        return FAMILIES[wanted]
-    for family in FAMILIES.values():
+    if model_type:
+        published_keys(config, FAMILIES[model_type])
+        return FAMILIES[model_type]
+    first = [name for name in (source.get("model_type"),) if name in FAMILIES]
+    for name in [*first, *FAMILIES]:
         try:
-            published_keys(config, family)
+            published_keys(config, FAMILIES[name])
         except ValueError:
             continue
-        return family
+        return FAMILIES[name]
     raise HfError("the model is one of no family; --family=NAME says why it is not of that one")
 
 

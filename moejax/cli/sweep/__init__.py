@@ -1,0 +1,1 @@
+"""What `moejax sweep` does apart from its flags."""
