@@ -9,9 +9,8 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from moejax.config import Config, MeshConfig, resolve_recorded, to_dict
-from moejax.data import Corpus, eval_batches, load_tokenizer, prepare
-from moejax.inference.load import load_released
+from moejax.config import Config, MeshConfig
+from moejax.data import Corpus, eval_batches, load_tokenizer
 from moejax.models.placement import place_experts
 from moejax.moe.expert_parallel.placement import PlacementError, place
 from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
@@ -22,7 +21,7 @@ from moejax.training.evaluation import Evaluation, domains_of, evaluate
 from moejax.training.program import Program
 from moejax.training.run_directory.evaluation_log import newest_evaluation
 from moejax.training.run_directory.layout import read_config
-from moejax.training.run_directory.text import LONGEST_ROW, TextPlaces, open_run_corpus
+from moejax.training.run_directory.text import TextPlaces, open_run_corpus
 from moejax.training.state import TrainSetup, logical_axes, make_train_setup, split_model
 
 
@@ -54,69 +53,33 @@ def evaluate_run(
     """
     workdir = resolve_path(workdir)
     config = read_config(workdir)
-    microbatch = config.train.batch_size // config.train.accumulation
-    setup = _make_setup(config, microbatch, mesh)
+    setup = make_eval_setup(config, mesh)
     checkpoints = Checkpoints(workdir, setup, read_only=True)
     step, params, router_state = checkpoints.restore_model(step)
     overrides = AS_TRAINED
     if replicas is not None:
         setup, params, overrides = _place_by_load(workdir, setup, params, router_state, replicas)
     corpus = open_run_corpus(workdir, load_tokenizer(workdir), places)
-    evaluation = _evaluate_on(corpus, setup, params, router_state, overrides)
+    evaluation = evaluate_on(corpus, setup, params, router_state, overrides)
     return config, step, evaluation
 
 
-def evaluate_released(
-    folder: str | Path,
-    mesh: MeshConfig | None = None,
-    *,
-    places: TextPlaces | None = None,
-    seq_len: int | None = None,
-) -> tuple[Config, Evaluation]:
-    """Evaluates a released model, on the speeches or on files of the user's.
-
-    Args:
-      folder: in the Hugging Face layout, with a tokenizer.
-      mesh: of all devices; None splits the batch over as many as divide it, with the weights on
-        each of them.
-      places: of files, and of prepared rows.
-      seq_len: tokens of a row; None takes the default of `data.seq_len`.
-
-    Returns:
-      The model's configuration with the text that it was evaluated on, and the figures.
-
-    Raises:
-      HfError: the folder holds something else than such a model.
-      ConfigError: the model does not fit the mesh.
-      DataError: there is no tokenizer, or no text.
-    """
-    loaded = load_released(folder)
-    places = places or TextPlaces()
-    data = dataclasses.replace(
-        loaded.config.data,
-        directory=places.directory or loaded.config.data.directory,
-        files=places.files,
-        source="files" if places.files else loaded.config.data.source,
-        seq_len=seq_len or min(loaded.config.data.seq_len, LONGEST_ROW),
-    )
-    config = resolve_recorded(to_dict(dataclasses.replace(loaded.config, data=data)))
-    microbatch = config.train.batch_size // config.train.accumulation
-    setup = _make_setup(config, microbatch, mesh)
-    corpus = prepare(data, loaded.tokenizer)
-    _, params, router_state = split_model(loaded.model)
-    params = jax.device_put(params, setup.shardings.params)
-    router_state = jax.device_put(router_state, setup.shardings.router_state)
-    return config, _evaluate_on(corpus, setup, params, router_state, AS_TRAINED)
-
-
-def _evaluate_on(
+def evaluate_on(
     corpus: Corpus,
     setup: TrainSetup,
     params: nnx.State,
     router_state: nnx.State,
     overrides: RoutingOverrides,
 ) -> Evaluation:
-    """Evaluates a model on the validation split of rows."""
+    """Evaluates a model on the validation split of rows.
+
+    Args:
+      corpus: the rows.
+      setup: of the model, on the mesh on which its arrays are.
+      params: of the model.
+      router_state: what else it carries.
+      overrides: how it routes otherwise than as trained.
+    """
     train = setup.config.train
     microbatch = train.batch_size // train.accumulation
     with jax.set_mesh(setup.mesh), closing(eval_batches(corpus, microbatch)) as batches:
@@ -136,8 +99,17 @@ def _evaluate_on(
     return evaluation
 
 
-def _make_setup(config: Config, microbatch: int, mesh: MeshConfig | None) -> TrainSetup:
-    """Returns the setup on a mesh of all devices, or on as many as divide a microbatch."""
+def make_eval_setup(config: Config, mesh: MeshConfig | None) -> TrainSetup:
+    """Returns the setup on a mesh of all devices, or on as many as divide a microbatch.
+
+    Args:
+      config: of the model; the mesh in it does not count.
+      mesh: of all devices; None takes as many as divide a microbatch, each with all weights.
+
+    Raises:
+      ConfigError: the model does not fit the mesh.
+    """
+    microbatch = config.train.batch_size // config.train.accumulation
     if mesh:
         here = dataclasses.replace(config, mesh=mesh)
         return make_train_setup(here, make_mesh(here))

@@ -1,4 +1,4 @@
-"""Loads a model from a run directory, or from the folder of a released model."""
+"""Loads a model from a run directory, which holds all that is needed."""
 
 import dataclasses
 from pathlib import Path
@@ -9,11 +9,6 @@ from jax.sharding import Mesh
 
 from moejax.config import Config, MeshConfig
 from moejax.data import Corpus, Tokenizer, load_tokenizer, prepare
-from moejax.data.tokenizers import ReleasedTokenizer
-from moejax.interop.hf.conversion.texts import SOURCE_FOLDER, released_tokenizer
-from moejax.interop.hf.load import load_model
-from moejax.interop.hf.load import read_config as read_released_config
-from moejax.interop.hf.text.folder import ReleasedText, find_text
 from moejax.models import Decoder
 from moejax.paths import resolve_path
 from moejax.sharding import make_mesh
@@ -35,7 +30,6 @@ class LoadedRun:
       mesh: over which the weights are split, which must be in context where the model is called;
         None: they are on one device.
       workdir: the run directory; None for a model that was made in memory, or is a released one.
-      text: of a released model: its chats, and how it wants to be sampled; None for another.
     """
 
     config: Config
@@ -44,7 +38,6 @@ class LoadedRun:
     step: int
     mesh: Mesh | None = None
     workdir: Path | None = None
-    text: ReleasedText | None = None
 
     def corpus(self, places: TextPlaces | None = None) -> Corpus:
         """Returns the rows it was trained on; see `training.run_directory.text.open_run_corpus`."""
@@ -73,11 +66,6 @@ def load_run(
     workdir = resolve_path(workdir)
     config = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
-    text = find_text(workdir / SOURCE_FOLDER)
-    if text is not None and isinstance(tokenizer, ReleasedTokenizer):
-        # The run's own copy, of which the checkpoint has a digest.
-        tokenizer = tokenizer.with_ends(text.generation.end_ids)
-        text = dataclasses.replace(text, tokenizer=tokenizer)
     here = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
     devices = None if mesh else jax.devices()[:1]
     setup = make_train_setup(here, make_mesh(here, devices))
@@ -90,25 +78,4 @@ def load_run(
         step=step,
         mesh=setup.mesh if mesh else None,
         workdir=Path(workdir),
-        text=text,
     )
-
-
-def load_released(folder: str | Path) -> LoadedRun:
-    """Loads a released model from its folder in the Hugging Face layout, onto the first device.
-
-    Without a tokenizer in the folder, text is token ids (`IdTokenizer`).
-
-    Args:
-      folder: with `config.json` and safetensors files.
-
-    Raises:
-      HfError: it holds something else than such a model.
-      ConfigError: a tokenizer with more ids than the embedding has rows.
-      DataError: the tokenizer is damaged.
-    """
-    path = resolve_path(folder)
-    config, _ = read_released_config(path)
-    config, tokenizer, text = released_tokenizer(config, path)
-    model = load_model(path)
-    return LoadedRun(config=config, model=model, tokenizer=tokenizer, step=0, text=text)

@@ -50,7 +50,9 @@ def test_both_mixers_of_a_layer_have_its_window():
         attention={"window": 5, "window_layers": "window, full"},
     )
     model = Decoder(config, rngs=nnx.Rngs(params=0))
-    windows = [[int(each.window[...]) for each in layer.mixers] for layer, _ in model.walk()]
+    windows = [
+        [int(each.constants.window[...]) for each in layer.mixers] for layer, _ in model.walk()
+    ]
     assert windows == [[5, 5], [FULL, FULL], [5, 5]]
 
 

@@ -28,7 +28,8 @@ from moejax.cli.options import (
 )
 from moejax.cli.tables import evaluation_rows, print_result
 from moejax.compilation_cache import keep_compilation_cache
-from moejax.inference.evaluate import evaluate_released, evaluate_run
+from moejax.inference.evaluate import evaluate_run
+from moejax.interop.hf.released import evaluate_released
 
 
 def define(values: FlagValues, arguments: list[str]) -> None:

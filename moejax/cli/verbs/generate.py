@@ -9,6 +9,7 @@ many words, at 0 they repeat themselves. A released model's own defaults come be
 came without a tokenizer takes and gives token ids: --prompt="5 17 3".
 """
 
+import dataclasses
 import logging
 import os
 import sys
@@ -29,9 +30,12 @@ from moejax.cli.options import (
     refuse_several_processes,
 )
 from moejax.compilation_cache import keep_compilation_cache
-from moejax.data.tokenizers import TextStream
+from moejax.data.tokenizers import ReleasedTokenizer, TextStream
 from moejax.inference.generate import Prompt, generate, generate_text, prompt_ids
-from moejax.inference.load import LoadedRun, load_released, load_run
+from moejax.inference.load import LoadedRun, load_run
+from moejax.interop.hf.conversion.texts import SOURCE_FOLDER
+from moejax.interop.hf.released import load_released
+from moejax.interop.hf.text.folder import ReleasedText, find_text
 from moejax.interop.hf.text.generation import GenerationDefaults
 from moejax.strict_json import to_json
 
@@ -94,9 +98,11 @@ def run(values: FlagValues, rest: list[str]) -> None:
     refuse_several_processes("generate")
     keep_compilation_cache()
     texts = [_as_text(prompt) for prompt in values.prompt or [""]]
-    loaded = _load(values)
-    prompts = [_message_ids(loaded, text) for text in texts] if values.chat else texts
-    sampling = _sampling(values, loaded, prompts)
+    loaded, released = _load(values)
+    prompts: list[Prompt] = list(texts)
+    if values.chat:
+        prompts = [_message_ids(released, text) for text in texts]
+    sampling = _sampling(values, loaded, released, prompts)
     if len(prompts) == 1 and not values.json:
         _stream(loaded, prompts[0], "" if values.chat else texts[0], sampling)
         return
@@ -109,29 +115,44 @@ def run(values: FlagValues, rest: list[str]) -> None:
         print("\n\n---\n\n".join(prompt + text for prompt, text in results))
 
 
-def _load(values: FlagValues) -> LoadedRun:
-    """Returns the model of `--hf` or `--workdir`."""
+def _load(values: FlagValues) -> tuple[LoadedRun, ReleasedText | None]:
+    """Returns the model of `--hf` or `--workdir`, and its text side if it was released."""
     folder = read_hf(values)
     if folder is None:
-        return load_run(read_workdir(values), values.step)
-    if values.step is not None:
+        workdir = read_workdir(values)
+        loaded = load_run(workdir, values.step)
+        folder = workdir / SOURCE_FOLDER
+    elif values.step is not None:
         raise UsageError(f"--step={values.step} goes with --workdir only; leave it out")
-    return load_released(folder)
+    else:
+        loaded = load_released(folder)
+    released = find_text(folder)
+    if released is not None and isinstance(loaded.tokenizer, ReleasedTokenizer):
+        # Of a run that is its own copy, of which the checkpoint has a digest.
+        tokenizer = loaded.tokenizer.with_ends(released.generation.end_ids)
+        loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
+        released = dataclasses.replace(released, tokenizer=tokenizer)
+    return loaded, released
 
 
-def _message_ids(loaded: LoadedRun, text: str) -> list[int]:
+def _message_ids(released: ReleasedText | None, text: str) -> list[int]:
     """Returns the ids of a chat of one message, after which the answer follows."""
-    if loaded.text is None:
+    if released is None:
         raise UsageError(
             "--chat needs a released model with a tokenizer and a chat template; leave it out, and "
             "the prompt is continued"
         )
-    return loaded.text.apply_chat_template([{"role": "user", "content": text}])
+    return released.apply_chat_template([{"role": "user", "content": text}])
 
 
-def _sampling(values: FlagValues, loaded: LoadedRun, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _sampling(
+    values: FlagValues,
+    loaded: LoadedRun,
+    released: ReleasedText | None,
+    prompts: Sequence[Prompt],
+) -> dict[str, Any]:
     """Returns what is given, or else the model's defaults, or else ours."""
-    own = loaded.text.generation if loaded.text else GenerationDefaults()
+    own = released.generation if released else GenerationDefaults()
     max_tokens = _first_given(values.max_tokens, own.max_tokens)
     if max_tokens is None:
         max_tokens = _default_length(loaded, prompts)

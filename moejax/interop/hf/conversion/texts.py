@@ -14,7 +14,7 @@ from moejax.data import Tokenizer
 from moejax.data.tokenizers.ids import IdTokenizer
 from moejax.interop.hf.files.stored import StoredTensor
 from moejax.interop.hf.load import Checkpoint
-from moejax.interop.hf.text.folder import TOKENIZER_FILES, ReleasedText, find_text
+from moejax.interop.hf.text.folder import TOKENIZER_FILES, find_text
 
 SOURCE_FOLDER = "hf"
 TYPES_FILE = "types.json"
@@ -57,10 +57,8 @@ def keep_texts(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / TYPES_FILE).write_text(json.dumps(types, indent=1))
 
 
-def released_tokenizer(
-    config: Config, folder: Path
-) -> tuple[Config, Tokenizer, ReleasedText | None]:
-    """Returns the configuration with the tokenizer of a folder, that tokenizer, and its text side.
+def released_tokenizer(config: Config, folder: Path) -> tuple[Config, Tokenizer]:
+    """Returns the configuration with the tokenizer of a folder, and that tokenizer.
 
     Without a tokenizer in the folder, text is token ids.
 
@@ -81,7 +79,7 @@ def released_tokenizer(
         tokenizer = text.tokenizer
         file = next(str(folder / name) for name in TOKENIZER_FILES if (folder / name).exists())
     data = dataclasses.replace(config.data, tokenizer=file)
-    return dataclasses.replace(config, data=data), tokenizer, text
+    return dataclasses.replace(config, data=data), tokenizer
 
 
 def read_types(folder: Path) -> dict[str, str]:

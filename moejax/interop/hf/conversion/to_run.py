@@ -66,7 +66,7 @@ def convert_to_run(folder: str | Path, workdir: Path, *, command: str = "") -> C
     checkpoint = open_checkpoint(folder)
     _, params, others = empty_model(checkpoint.config)
     sources = checkpoint.claim(named_arrays(params), named_arrays(others))
-    config, tokenizer, _ = released_tokenizer(checkpoint.config, checkpoint.folder)
+    config, tokenizer = released_tokenizer(checkpoint.config, checkpoint.folder)
     checkpoint = dataclasses.replace(checkpoint, config=config)
     check_empty(workdir, "--workdir")
     with FolderLock(workdir, "convert"):

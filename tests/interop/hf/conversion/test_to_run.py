@@ -19,7 +19,7 @@ from moejax.interop.hf.places import named_arrays
 from moejax.sharding import make_mesh
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.checkpoints.streamed import StreamedCheckpoint
-from moejax.training.run_directory.layout import check_run_directory
+from moejax.training.run_directory.layout import check_run_directory, read_config
 from moejax.training.state import make_train_setup, split_model
 
 
@@ -40,9 +40,9 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(to_run, "BATCH_BYTES", 2**15)
 
 
-def restored(workdir, folder):
+def restored(workdir):
     """Returns the arrays of a checkpoint by path, as they are restored."""
-    config = load_model(folder).config
+    config = read_config(workdir)
     setup = make_train_setup(config, make_mesh(config, jax.devices()[:1]))
     with Checkpoints(workdir, setup, read_only=True) as checkpoints:
         _, params, state = checkpoints.restore_model()
@@ -53,7 +53,7 @@ def assert_is_model(workdir, folder):
     """Asserts that a run holds the model of a folder."""
     _, params, state = split_model(load_model(folder))
     expected = named_arrays(params) | named_arrays(state)
-    found = restored(workdir, folder)
+    found = restored(workdir)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)

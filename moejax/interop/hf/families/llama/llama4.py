@@ -158,8 +158,8 @@ MOE = (
 )
 
 DEVIATIONS = {
-    "lpad.gen.logits": "to the reference, padding before a prompt counts as text where queries grow "
-    "with their position; here prompts have none"
+    "lpad.gen.logits": "to the reference, padding before a prompt counts as text where queries "
+    "grow with their position; here prompts have none"
 }
 
 TEXT = Family(
