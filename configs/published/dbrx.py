@@ -2,7 +2,8 @@
 
   moejax config --config=configs/published/dbrx.py
 
-The shape is that of the published checkpoint (Databricks 2024). Nothing was trained with it.
+The shape is that of the published checkpoint (Databricks 2024), whose weights `moejax.interop.hf`
+loads. Nothing was trained with it.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,9 @@ So a model is read, written and converted piece by piece, in memory that does no
 """
 
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -115,9 +117,13 @@ def _by_expert(tensors: Iterable[Tensor]) -> dict[int | None, list[Tensor]]:
 def _rows(part: Part, tensor: Tensor, max_bytes: float) -> Iterator[Piece]:
     """Yields pieces of a tensor, divided along our first axis if it is large."""
     num_bytes = 4 * math.prod(part.shape)
-    unit = tensor.rows_of_first(tensor.sizes_in(part.shape))
+    sizes = tensor.sizes_in(part.shape)
+    unit = tensor.rows_of_first(sizes)
+    first = tensor.first_row
     if num_bytes <= max_bytes or not unit:
-        yield Piece(part.array, part.index, part.shape, [tensor])
+        own = slice(first, first + tensor.their_shape(sizes)[0])
+        rows = own if tensor.num_rows else None
+        yield Piece(part.array, part.index, part.shape, [tensor], rows)
         return
     size = part.shape[0]
     step = max(1, int(size * max_bytes // num_bytes))
@@ -128,8 +134,17 @@ def _rows(part: Part, tensor: Tensor, max_bytes: float) -> Iterator[Piece]:
             (*part.index, slice(start, stop)),
             (stop - start, *part.shape[1:]),
             [tensor],
-            slice(start * unit, stop * unit),
+            slice(first + start * unit, first + stop * unit),
         )
+
+
+def join_rows(
+    named: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields tensors by name, of which the rows may come in several arrays, one after the other."""
+    for name, pairs in itertools.groupby(named, key=operator.itemgetter(0)):
+        parts = [values for _, values in pairs]
+        yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def claim_tensors(
@@ -141,15 +156,16 @@ def claim_tensors(
       HfError: a tensor that is missing or has another shape, or an array that tensors do not fill
         completely.
     """
-    sources = {}
+    sources: dict[str, Source] = {}
     num_filled: dict[str, int] = {}
     for part in parts_of(config, family, shapes):
         for tensor in part.tensors:
-            source = weights.claim(tensor.theirs)
-            tensor.check_shape(source.shape, tensor.sizes_in(part.shape))
-            sources[tensor.theirs] = source
+            if not tensor.first_row:  # others are further rows of one that was claimed
+                sources[tensor.theirs] = weights.claim(tensor.theirs)
+            sizes = tensor.sizes_in(part.shape)
+            tensor.check_shape(sources[tensor.theirs].shape, sizes)
             num = num_filled.get(part.array, 0)
-            num_filled[part.array] = num + math.prod(source.shape)
+            num_filled[part.array] = num + math.prod(tensor.their_shape(sizes))
     for name, num in num_filled.items():
         size = math.prod(shapes[name])
         if num != size:

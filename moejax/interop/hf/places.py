@@ -10,7 +10,7 @@ import numpy as np
 from moejax.config import Config
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.family import Family
-from moejax.interop.hf.tensors import Tensor, expand
+from moejax.interop.hf.tensors import Tensor, expand, share_rows
 
 Arrays = dict[str, np.ndarray]
 """Arrays of a model by path, such as `stacks/0/block/mixer/query`."""
@@ -109,7 +109,8 @@ def parts_of(config: Config, family: Family, shapes: Shapes) -> Iterator[Part]:
 def _parts_in(place: LayerPlace, tensors: Sequence[Tensor], shapes: Shapes) -> Iterator[Part]:
     by_array: dict[str, list[Tensor]] = {}
     present = [tensor for tensor in tensors if tensor.is_among(shapes)]
-    for tensor in expand(present, place.num_experts):
+    expanded = expand(present, place.num_experts)
+    for tensor in share_rows([*expanded], shapes):
         by_array.setdefault(tensor.ours, []).append(tensor)
     for name, own in by_array.items():
         if name not in shapes:

@@ -26,7 +26,7 @@ from moejax.interop.hf.families import FAMILIES
 from moejax.interop.hf.family import Family
 from moejax.interop.hf.files.weights import SINGLE
 from moejax.interop.hf.keys import read_keys, write_keys
-from moejax.interop.hf.pieces import pieces_of
+from moejax.interop.hf.pieces import Piece, join_rows, pieces_of
 from moejax.interop.hf.places import Arrays, named_arrays, shapes_of
 from moejax.models import Decoder
 from moejax.paths import replace_file, resolve_path
@@ -69,8 +69,13 @@ def their_tensors(
     config: Config, family: Family, arrays: Arrays
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors that a model's arrays are published as: names and values."""
-    for piece in pieces_of(config, family, shapes_of(arrays)):
-        yield from piece.to_theirs(arrays[piece.array][piece.place])
+    pieces = pieces_of(config, family, shapes_of(arrays))
+    in_pieces = (each for piece in pieces for each in piece.to_theirs(_values(arrays, piece)))
+    yield from join_rows(in_pieces)
+
+
+def _values(arrays: Arrays, piece: Piece) -> np.ndarray:
+    return arrays[piece.array][piece.place]
 
 
 def published_keys(config: Config, family: Family) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A layout is two patterns of axis names, as einops has them: `"(H A) D"` of theirs and `"D H A"` of
 ours. In ours a number or `{expert}` is an index, so that one array of ours is made of several
-tensors: gate and up projections of each expert are parts of one array.
+tensors: gate and up projections of each expert are parts of one array. Tensors of one name are the
+rows of one tensor, in the order of the table: queries, keys and values may be stored together.
 """
 
 import dataclasses
@@ -29,6 +30,8 @@ class Tensor:
       our_axes: its axes, of which some may be indices.
       only_with: the path of an array of ours without which there is no such tensor.
       only_without: the path of one with which there is none.
+      first_row: of theirs, where it is some rows of a tensor.
+      num_rows: of that tensor; 0 where it is all of it.
     """
 
     theirs: str
@@ -37,6 +40,8 @@ class Tensor:
     our_axes: str
     only_with: str = ""
     only_without: str = ""
+    first_row: int = 0
+    num_rows: int = 0
 
     def is_among(self, ours: Container[str]) -> bool:
         """Whether there is such a tensor next to these arrays of ours."""
@@ -74,7 +79,8 @@ class Tensor:
           shape: of theirs.
           sizes: of our axes by name.
         """
-        expected = self.their_shape(sizes)
+        num_rows, *others = self.their_shape(sizes)
+        expected = (self.num_rows or num_rows, *others)
         if shape != expected:
             raise HfError(f"{self.theirs} has shape {shape}; by config.json it must be {expected}")
 
@@ -142,6 +148,35 @@ def expand(tensors: Sequence[Tensor], num_experts: int) -> Iterator[Tensor]:
             continue
         for expert in range(num_experts):
             yield tensor.of_expert(expert)
+
+
+def share_rows(tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+    """Returns tensors in which those of one name know their rows.
+
+    Args:
+      tensors: of a layer.
+      shapes: of our arrays by path, of which some may be absent.
+    """
+    by_name: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        by_name.setdefault(tensor.theirs, []).append(tensor)
+    found = []
+    for parts in by_name.values():
+        found += parts if len(parts) == 1 else _rows_of(parts, shapes)
+    return found
+
+
+def _rows_of(parts: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+    """Returns the parts of one tensor with their rows."""
+    sizes = []
+    for part in parts:
+        shape = part.their_shape(part.sizes_in(shapes[part.ours]))
+        sizes.append(shape[0])
+    with_rows = []
+    for number, part in enumerate(parts):
+        first = sum(sizes[:number])
+        with_rows.append(dataclasses.replace(part, first_row=first, num_rows=sum(sizes)))
+    return with_rows
 
 
 def only_with(ours: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -269,7 +269,9 @@ class _Export:
         for piece in file.pieces:
             values = stored.read(self._name(piece.array), piece.place)
             for name, tensor in piece.to_theirs(values):
-                tensors[name] = tensor.astype(self.dtype(name), copy=False)
+                typed = tensor.astype(self.dtype(name), copy=False)
+                # Rows of one tensor may come from several arrays, one after the other.
+                tensors[name] = np.concatenate([tensors[name], typed]) if name in tensors else typed
             added = sums_of_region(piece.place, self.shapes[piece.array], values)
             sums[piece.array] = sums.get(piece.array, NO_SUMS) + added
         path = self.staging / file.name
@@ -323,7 +325,8 @@ def _files(pieces: Sequence[Piece], dtype: Any) -> list[File]:
     size = 0
     for piece in pieces:
         num_bytes = _num_bytes(piece, dtype)
-        if groups[-1] and size + num_bytes > FILE_BYTES:
+        has_further_rows = any(tensor.first_row for tensor in piece.tensors)
+        if groups[-1] and size + num_bytes > FILE_BYTES and not has_further_rows:
             groups.append([])
             size = 0
         groups[-1].append(piece)

@@ -1,13 +1,12 @@
 """The families, by what `config.json` calls them; each is one file."""
 
 from moejax.interop.hf.families import (
+    dbrx,
     dots1,
     ernie4_5_moe,
     flex_olmo,
     glm4_moe,
     gpt_oss,
-    granitemoe,
-    granitemoeshared,
     hunyuan_v1_moe,
     jetmoe,
     longcat_flash,
@@ -16,12 +15,14 @@ from moejax.interop.hf.families import (
     phimoe,
 )
 from moejax.interop.hf.families.deepseek import deepseek_v2, deepseek_v3
+from moejax.interop.hf.families.granite import granitemoe, granitemoeshared
 from moejax.interop.hf.families.llama import llama, llama4
 from moejax.interop.hf.families.mistral import mistral, mixtral
 from moejax.interop.hf.families.qwen import qwen2_moe, qwen3, qwen3_moe
 from moejax.interop.hf.family import Family
 
 FAMILIES: dict[str, Family] = {
+    "dbrx": dbrx.FAMILY,
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
     "dots1": dots1.FAMILY,

@@ -5,10 +5,10 @@ from typing import Any
 
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.family import Family
-from moejax.interop.hf.granite import fused_feed_forward
 from moejax.interop.hf.keys import Always, Fixed, Key, Leaves, Mapped, first_of, without
 from moejax.interop.hf.llama import BASE, NORMS, OUTER, experts_per_token
 from moejax.interop.hf.rope import ROPE_SCALING
+from moejax.interop.hf.shared.granite import fused_feed_forward
 from moejax.interop.hf.tensors import Tensor
 
 LAYER_EPSILON = 1e-6

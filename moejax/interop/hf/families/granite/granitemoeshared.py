@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.interop.hf.family import Family
-from moejax.interop.hf.granite import GRANITE, LAYER, MOE, fused_feed_forward
 from moejax.interop.hf.keys import Leaves, Mapped, first_of
 from moejax.interop.hf.llama import OUTER
+from moejax.interop.hf.shared.granite import GRANITE, LAYER, MOE, fused_feed_forward
 from moejax.interop.hf.tensors import only_with
 
 
