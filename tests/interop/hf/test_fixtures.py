@@ -1,6 +1,7 @@
 """Models of each family against what the reference implementation computes of the same weights."""
 
 import functools
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,17 @@ def test_outputs_losses_and_gradients_are_those_of_the_reference(family):
     }
     assert beyond == {}
     assert comparison(family).not_compared == []
+
+
+@of_each
+def test_differences_are_about_those_of_the_page(family):
+    page = (Path(__file__).parents[3] / "docs" / "families.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{model_type(family)}` |")]
+    outputs, gradients = row.split(" | ")[3:5]
+    for each in comparison(family).differences:
+        on_page = float(gradients if each.name.startswith("grad") else outputs)
+        # Another machine rounds otherwise.
+        assert each.relative <= 5 * on_page, each
 
 
 @of_each
