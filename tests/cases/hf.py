@@ -9,10 +9,22 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 FOLDER = Path(__file__).parents[1] / "data" / "hf"
 FAMILIES = sorted(path.name for path in FOLDER.iterdir())
 """Names of folders, of which some are further models of a family."""
+
+
+QUICK = {"gpt_oss", "llama4_text", "longcat_flash", "mixtral"}
+"""Those that `make test` compares; together they have most of what the others have."""
+
+
+def each_family():
+    """Returns the folders as parameters, of which those that are not quick are marked slow."""
+    return [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES
+    ]
 
 
 def model_type(family):

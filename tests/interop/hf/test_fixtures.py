@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cases.hf import FAMILIES, FOLDER, model_type, reference
+from cases.hf import FAMILIES, FOLDER, each_family, model_type, reference
 from moejax.interop.hf.conversion.compare import compare
 from moejax.interop.hf.families import FAMILIES as TABLES
 from moejax.interop.hf.load import load_model, read_config
 
-of_each = pytest.mark.parametrize("family", FAMILIES)
+of_each = pytest.mark.parametrize("family", each_family())
 
 
 @functools.cache
