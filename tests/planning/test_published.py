@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from moejax.config import resolve
+from moejax.interop.hf.load import read_config
 from moejax.planning.count import count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+DATA = Path(__file__).parents[1] / "data" / "published"
 
 BILLIONS = {
     "mixtral_8x7b": (46.7, 12.9),
@@ -47,3 +49,25 @@ def test_a_published_size_has_the_published_number_of_parameters(name):
 def test_every_published_size_is_compared():
     names = {f"published/{path.stem}" for path in (CONFIGS / "published").glob("*.py")}
     assert names <= {name.partition(":")[0] for name in BILLIONS}
+
+
+PUBLISHED = {
+    "deepseek_v3": "published/deepseek_v3",
+    "gpt_oss_120b": "published/gpt_oss_shapes:120b",
+    "gpt_oss_20b": "published/gpt_oss_shapes:20b",
+    "llama_4_scout": "published/llama_4_scout",
+    "mixtral_8x7b": "mixtral_8x7b",
+    "olmoe_1b_7b": "published/olmoe_1b_7b",
+    "qwen3_30b_a3b": "published/qwen3_30b_a3b",
+}
+"""Which of the sizes each `config.json` in tests/data/published is, in its published spelling."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_json_as_published_has_the_published_number_of_parameters(name, tmp_path):
+    (tmp_path / "config.json").write_bytes((DATA / f"{name}.json").read_bytes())
+    config, _ = read_config(tmp_path)
+    counted = count(config)
+    total, active = BILLIONS[PUBLISHED[name]]
+    assert counted.total / 1e9 == pytest.approx(total, rel=0.005)
+    assert counted.active / 1e9 == pytest.approx(active, rel=0.01)

@@ -15,6 +15,7 @@ REQUIRED = object()
 """The default of a key that every file has."""
 
 WITHOUT_MEANING = {
+    "_attn_implementation_autoset",
     "_name_or_path",
     "architectures",
     "auto_map",  # code, which is never run
@@ -22,6 +23,7 @@ WITHOUT_MEANING = {
     "bos_token_id",
     "dtype",
     "eos_token_id",
+    "for_llm_compressor",
     "initializer_range",
     "max_position_embeddings",  # the length of texts in training, see `read_keys`
     "model_type",

@@ -93,7 +93,7 @@ def experts_per_token(renormalize: Entry, num_experts: str, *aliases: str) -> tu
     """
     return (
         Key(num_experts, "moe.num_experts", aliases=aliases),
-        Key("num_experts_per_tok", "moe.top_k"),
+        Key("num_experts_per_tok", "moe.top_k", aliases=("experts_per_token",)),
         Key("router_aux_loss_coef", "moe.balance_weight", default=0.001),
         renormalize,
         Always("moe.router", "softmax_topk"),

@@ -135,32 +135,37 @@ class Outputs:
     def losses_and_gradients(self) -> Named:
         """Yields the losses of the labels, and their gradients by name of tensor."""
         graphdef, params, state = split_model(self.model)
-        tokens_BL, segments_BL, positions_BL = self.inputs()
-        labels_BL = jnp.asarray(self._reference["labels"])
-        targets_BL = labels_BL[:, 1:]
-        is_target_BL = targets_BL >= 0
 
         @jax.jit
         def losses(params):
-            model = nnx.merge(graphdef, params, state)
-            hidden_BLD, stats = model(tokens_BL, segments_BL, positions_BL, trace=True)
-            nats_BL = model.cross_entropy(hidden_BLD[:, :-1], jnp.maximum(targets_BL, 0))
-            loss = jnp.where(is_target_BL, nats_BL, 0.0).sum() / is_target_BL.sum()
-            return loss, self._balance_loss(stats, segments_BL)
+            return self._losses_of_labels(nnx.merge(graphdef, params, state))
 
         both, pull_back, *_ = jax.vjp(losses, params)
         loss, aux = both
         yield from self._named_losses("", float(loss), float(aux)).items()
+        pull_back = jax.jit(pull_back)
         one, zero = jnp.float32(1), jnp.float32(0)
         weight = jnp.float32(self._balance_weight)
-        pull_back = jax.jit(pull_back)
-        for prefix, cotangents in (("grad", (one, zero)), ("gradtotal", (one, weight))):
-            (gradients,) = pull_back(cotangents)
-            # What has no gradient, such as a selection bias, is as it was.
-            of_state, gradients = jax.tree.map(np.asarray, (nnx.state(self.model), gradients))
-            arrays = named_arrays(of_state) | named_arrays(gradients)
-            for name, gradient in their_tensors(self.model.config, self.family, arrays):
-                yield f"{prefix}.{name}", gradient
+        yield from self._by_tensor("grad", *pull_back((one, zero)))
+        yield from self._by_tensor("gradtotal", *pull_back((one, weight)))
+
+    def _losses_of_labels(self, model: Decoder) -> tuple[jax.Array, jax.Array]:
+        """Returns the mean cross-entropy of the labels, and the balance loss."""
+        tokens_BL, segments_BL, positions_BL = self.inputs()
+        hidden_BLD, stats = model(tokens_BL, segments_BL, positions_BL, trace=True)
+        targets_BL = jnp.asarray(self._reference["labels"])[:, 1:]
+        is_target_BL = targets_BL >= 0
+        nats_BL = model.cross_entropy(hidden_BLD[:, :-1], jnp.maximum(targets_BL, 0))
+        loss = jnp.where(is_target_BL, nats_BL, 0.0).sum() / is_target_BL.sum()
+        return loss, self._balance_loss(stats, segments_BL)
+
+    def _by_tensor(self, prefix: str, gradients: nnx.State) -> Named:
+        """Yields gradients by the names of the published tensors."""
+        # What has no gradient, such as a selection bias, is as it was.
+        of_state, gradients = jax.tree.map(np.asarray, (nnx.state(self.model), gradients))
+        arrays = named_arrays(of_state) | named_arrays(gradients)
+        for name, gradient in their_tensors(self.model.config, self.family, arrays):
+            yield f"{prefix}.{name}", gradient
 
     def generate(self, padding: str, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Continues the prompts of the file greedily, with a cache.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.interop.hf.family import Family
-from moejax.interop.hf.keys import Always, Fixed, Key, Leaves, Mapped, first_of
+from moejax.interop.hf.keys import Always, Fixed, Ignored, Key, Leaves, Mapped, first_of
 from moejax.interop.hf.llama import (
     ATTENTION,
     DECODER,
@@ -42,6 +42,7 @@ FAMILY = Family(
             chooses_layers=True,
         ),
         Fixed("swiglu_alpha", 1.702),
+        Ignored("initial_context_length"),  # rope_scaling says the same
         Key("swiglu_limit", "moe.activation_limit", default=7.0),
         Always("attention.sinks", True),
         Always("moe.score", "softmax_after"),
