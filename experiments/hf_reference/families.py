@@ -69,6 +69,30 @@ GRANITE = {
     "rope_parameters": plain_rope(5000.0),
 }
 
+PHIMOE = {
+    "intermediate_size": 24,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "router_jitter_noise": 0.1,
+    "input_jitter_noise": 0.1,
+    "router_aux_loss_coef": 0.02,
+}
+
+
+def long_rope(length):
+    """Returns the keys of LongRoPE whose magnitudes change at a length."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.4, 2.0],
+        "long_factor": [1.0, 1.5, 4.0, 9.0],
+        "short_mscale": 1.15,
+        "long_mscale": 1.25,
+        "original_max_position_embeddings": length,
+    }
+    return {"rope_parameters": rope, "original_max_position_embeddings": length}
+
+
 FAMILIES = {
     "llama": Family("llama", {"intermediate_size": 44, "head_dim": 12, "rope_parameters": LLAMA3}),
     "mistral": Family(
@@ -203,28 +227,12 @@ FAMILIES = {
     ),
     "phimoe": Family(
         "phimoe",
-        {
-            "intermediate_size": 24,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "attention_bias": True,
-            "lm_head_bias": True,
-            "router_jitter_noise": 0.1,
-            "input_jitter_noise": 0.1,
-            "router_aux_loss_coef": 0.02,
-            "sliding_window": 128,
-            "original_max_position_embeddings": 64,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "short_factor": [1.0, 1.1, 1.4, 2.0],
-                "long_factor": [1.0, 1.5, 4.0, 9.0],
-                "short_mscale": 1.15,
-                "long_mscale": 1.25,
-                "original_max_position_embeddings": 64,
-            },
-        },
+        PHIMOE
+        | {"attention_bias": True, "lm_head_bias": True, "sliding_window": 128}
+        | long_rope(64),
     ),
+    # Texts exceed the original length: at once, or while they are generated.
+    "phimoe_long": Family("phimoe", PHIMOE | {"sliding_window": 6} | long_rope(14)),
     "dbrx": Family(
         "dbrx",
         {

@@ -36,10 +36,8 @@ def _validate_long_texts(config: Config) -> None:
     """Requires whole batches where the longest text decides on the magnitude of all."""
     attention, accumulation = config.attention, config.train.accumulation
     has_long_texts = config.data.seq_len > attention.rope_original_length
-    magnitudes = {attention.rope_magnitude or 1.0, attention.rope_long_magnitude}
-    has_switch = attention.rope_long_magnitude > 0 and len(magnitudes) > 1
     require(
-        accumulation == 1 or not (has_long_texts and has_switch),
+        accumulation == 1 or not (has_long_texts and attention.changes_with_length),
         f"train.accumulation={accumulation} must be 1: with "
         f"attention.rope_long_magnitude={attention.rope_long_magnitude} the longest text of a "
         f"batch decides on the others, and data.seq_len={config.data.seq_len} is above "

@@ -6,6 +6,7 @@ its own: weights are not copied, caches are written in place, and what is compil
 with the number of layers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,18 @@ from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.cache import Cache
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TextCache(Cache):
+    """The tokens so far, for models in which a text that grows long is computed again.
+
+    Attributes:
+      tokens_BS: ids by slot.
+    """
+
+    tokens_BS: jax.Array
+
+
 class LayeredDecoder:
     """A decoder whose layers have arrays of their own, with a cache of keys and values.
 
@@ -32,6 +45,7 @@ class LayeredDecoder:
         self.config = model.config
         blocks = [block for block, _ in model.walk()]
         self._blocks = blocks
+        self._remembers_text = model.config.attention.changes_with_length
         self._layers = [_program(_layer_program, block) for block in blocks]
         without_layers = nnx.clone(model)
         without_layers.stacks = nnx.List([])
@@ -40,7 +54,10 @@ class LayeredDecoder:
 
     def init_cache(self, batch: int, slots: int) -> list[Cache]:
         """Returns an empty cache of each layer for `batch` sequences of up to `slots` tokens."""
-        return [block.init_cache(batch, slots) for block in self._blocks]
+        cache: list[Cache] = [block.init_cache(batch, slots) for block in self._blocks]
+        if self._remembers_text:
+            cache.append(TextCache(jnp.zeros((batch, slots), jnp.int32)))
+        return cache
 
     def extend(
         self,
@@ -62,12 +79,47 @@ class LayeredDecoder:
         Returns:
           The residual stream, and the cache with these positions.
         """
+        if not self._remembers_text:
+            return self._extend(tokens_BL, positions_BL, cache, is_token_BL)
+        of_layers: list[Cache] = cache[:-1]
+        text: Any = cache[-1]
+        text = text.with_positions(TextCache(tokens_BL), positions_BL)
+        if self._makes_long(positions_BL, is_token_BL):
+            x_BLD, of_layers = self._extend_anew(text, positions_BL, of_layers)
+        else:
+            x_BLD, of_layers = self._extend(tokens_BL, positions_BL, of_layers, is_token_BL)
+        return x_BLD, [*of_layers, text]
+
+    def _extend(
+        self, tokens_BL: Any, positions_BL: Any, cache: list[Cache], is_token_BL: Any
+    ) -> tuple[jax.Array, list[Cache]]:
+        """Extends the caches of the layers."""
         x_BLD, context = self._begin(tokens_BL, positions_BL, is_token_BL)
         extended = []
         for layer, layer_cache in zip(self._layers, cache, strict=True):
             x_BLD, layer_cache = layer(x_BLD, context, layer_cache)
             extended.append(layer_cache)
         return x_BLD, extended
+
+    def _makes_long(self, positions_BL: jax.Array, is_token_BL: jax.Array | None) -> bool:
+        """Whether these positions take texts that have begun over their original length."""
+        limit = self.config.attention.rope_original_length
+        if is_token_BL is not None:
+            positions_BL = jnp.where(is_token_BL, positions_BL, 0)
+        last = int(positions_BL.max())
+        num_before = int(positions_BL[:, 0].max())
+        return 0 < num_before <= limit <= last
+
+    def _extend_anew(
+        self, text: "TextCache", positions_BL: jax.Array, cache: list[Cache]
+    ) -> tuple[jax.Array, list[Cache]]:
+        """Computes all of the texts again, as one is longer now than its layers were told."""
+        length = int(positions_BL.max()) + 1
+        tokens_BM = text.tokens_BS[:, :length]
+        all_positions_BM = jnp.broadcast_to(jnp.arange(length), tokens_BM.shape)
+        is_token_BM = all_positions_BM <= positions_BL[:, -1:]
+        x_BMD, cache = self._extend(tokens_BM, all_positions_BM, cache, is_token_BM)
+        return jnp.take_along_axis(x_BMD, positions_BL[:, :, None], axis=1), cache
 
     def logits(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Returns logits of the next token, float32, from what `extend` returns."""

@@ -229,6 +229,13 @@ class AttentionConfig:
     )
 
     @property
+    def changes_with_length(self) -> bool:
+        """Whether all of a text is rotated otherwise once it exceeds `rope_original_length`."""
+        if self.rope_scaling != "longrope":
+            return False
+        return self.rope_long_magnitude not in (0, self.rope_magnitude or 1.0)
+
+    @property
     def wavelength_factors(self) -> tuple[float, ...]:
         """The numbers of `rope_wavelengths`.
 

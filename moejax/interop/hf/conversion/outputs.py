@@ -214,7 +214,7 @@ def _layer_program(graphdef: nnx.GraphDef, shared_beside: bool) -> Callable[...,
             y_BLD = block.ffn(inputs_BLD)
         else:
             y_BLD, _ = block.moe(inputs_BLD, context.info)
-            if shared_beside:
+            if shared_beside and block.moe.config.num_shared_experts:
                 y_BLD -= block.moe.shared(inputs_BLD)
         after_BLD, _, _ = block(x_BLD, context)
         return {
