@@ -216,6 +216,10 @@ def _latent_attention(config: Config) -> _Attention:
     kv_up = d_latent * (heads * attention.d_nope + d_value)
     output = d_value * d_model
     vectors = attention.d_query_latent + d_latent
+    if attention.latent_bias:
+        vectors += attention.d_query_latent + d_latent + attention.d_rope
+    if attention.out_bias:
+        vectors += d_model
     return _Attention(query_down + query + kv_down + kv_up + output, vectors, d_query, d_value)
 
 

@@ -24,6 +24,7 @@ SPECIMENS = {
     "attention.top_k_query_experts": (4, {"attention.kind": "routed", "attention.num_heads": 8}),
     "attention.router_loss_factor": (2.0, {"attention.kind": "routed"}),
     "attention.scale_latents": (True, {"attention.kind": "latent"}),
+    "attention.latent_bias": (True, {"attention.kind": "latent"}),
     "attention.window": (64, {}),
     "attention.window_layers": ("window, full", {"attention.window": 64}),
     "attention.chunk": (64, {}),

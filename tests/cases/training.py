@@ -179,6 +179,8 @@ OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they 
             "d_value": 8,
             "score_factor": 1.5,
             "rope_interleaved": True,
+            "latent_bias": True,
+            "out_bias": True,
         },
     },
     "norms after the parts": {
