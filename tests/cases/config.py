@@ -74,6 +74,8 @@ SPECIMENS = {
     "moe.top_k_groups": (2, {"moe.num_groups": 4}),
     "moe.eval_capacity_factor": (2.0, {"moe.dispatch": "capacity"}),
     "moe.router_noise": ("fixed", {"moe.router": "noisy_topk"}),
+    "moe.shared_bias": (True, {"moe.num_shared_experts": 1}),
+    "model.ffn_bias": (True, {"moe.first_dense": 1, "moe.d_expert": 64}),
     "moe.shared_combine": ("gated", {"moe.num_shared_experts": 1}),
     "moe.expert_dropout": (0.1, {}),
     "moe.per_layer": ("0: top_k=1 renormalize=False", {}),
