@@ -1,9 +1,9 @@
-"""ERNIE 4.5's router: softmax with a selection bias, two shared experts.
+"""ERNIE 4.5's router: softmax with a selection bias, two shared experts with biases.
 
   moejax train --config=configs/routers/ernie.py --workdir=runs/routers/ernie
 
-Weights are divided by their sum, which counts as `renormalize_floor` if it is less. Everything else
-is as in `softmax_topk.py`.
+Weights are divided by their sum, which counts as `renormalize_floor` if it is less. The published
+models have no biases (`use_bias`). Everything else is as in `softmax_topk.py`.
 """
 
 import runpy
@@ -18,4 +18,5 @@ def get_config() -> ConfigDict:
     config.moe.selection_bias = True
     config.moe.renormalize_floor = 1e-12
     config.moe.num_shared_experts = 2
+    config.moe.shared_bias = True
     return config

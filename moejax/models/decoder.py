@@ -21,7 +21,7 @@ from moejax.kernels.cross_entropy import Head, cross_entropy
 from moejax.models.blocks import Block, Context, InterleavedBlock, Stack
 from moejax.models.shortcut_block import ShortcutBlock
 from moejax.moe.balancing.stats import RoutingStats
-from moejax.moe.experts.experts import FeedForward
+from moejax.moe.experts.experts import FeedForward, Network
 from moejax.moe.layer import MoE
 from moejax.moe.overrides import AS_TRAINED, RoutingOverrides, split_overrides
 from moejax.moe.token_info import TokenInfo
@@ -242,7 +242,8 @@ def _make_dense_block(config: Config, rngs: nnx.Rngs) -> Block:
     model = config.model
     attention = _make_attention(config, rngs)
     dtype = jnp.dtype(model.compute_dtype)
-    ffn = FeedForward(model.d_model, model.d_ff, dtype, rngs=rngs)
+    network = Network(has_bias=model.ffn_bias)
+    ffn = FeedForward(model.d_model, model.d_ff, dtype, network, rngs=rngs)
     return Block(model, attention, ffn)
 
 

@@ -92,7 +92,9 @@ class MoE(nnx.Module):
             self.zero_computation_experts = ZeroComputationExperts(config, d_model, rngs=rngs)
         if config.num_shared_experts:
             # The sum of several networks is one wider network.
-            self.shared = FeedForward(d_model, config.shared_width, dtype, network, rngs=rngs)
+            has_bias = config.expert_bias or config.shared_bias
+            of_shared = dataclasses.replace(network, has_bias=has_bias)
+            self.shared = FeedForward(d_model, config.shared_width, dtype, of_shared, rngs=rngs)
         if config.shared_combine == "gated":
             gate_D1 = initialize(rngs.params(), (d_model, 1))
             self.shared_gate = nnx.Param(gate_D1, axes=("embed", "router"))

@@ -216,6 +216,10 @@ def _latent_attention(config: Config) -> _Attention:
     kv_up = d_latent * (heads * attention.d_nope + d_value)
     output = d_value * d_model
     vectors = attention.d_query_latent + d_latent
+    if attention.latent_bias:
+        vectors += attention.d_query_latent + d_latent + attention.d_rope
+    if attention.out_bias:
+        vectors += d_model
     return _Attention(query_down + query + kv_down + kv_up + output, vectors, d_query, d_value)
 
 
@@ -268,9 +272,11 @@ def _feed_forward(config: Config, kind: MoeConfig | None) -> _Layer:
 
 def _dense(config: Config) -> _Layer:
     """Counts a dense layer."""
-    weights = _weights(Network(), config.model.d_model, config.model.d_ff)
+    network = Network(has_bias=config.model.ffn_bias)
+    weights = _weights(network, config.model.d_model, config.model.d_ff)
+    biases = _biases(network, config.model.d_model, config.model.d_ff)
     flops = Flops(dense=2 * config.data.seq_len * weights)
-    return _Layer(weights, flops=flops)
+    return _Layer(weights + biases, flops=flops)
 
 
 def _with_two_dense(experts: _Layer, dense: _Layer) -> _Layer:
@@ -329,6 +335,8 @@ def _shared(moe: MoeConfig, network: Network, d_model: int) -> tuple[int, int]:
     d_shared = moe.shared_width
     if not d_shared:
         return gate + constant_experts, 0
+    has_bias = moe.expert_bias or moe.shared_bias
+    network = dataclasses.replace(network, has_bias=has_bias)
     shared_experts = _weights(network, d_model, d_shared)
     weights = shared_experts + gate + constant_experts
     biases = _biases(network, d_model, d_shared)

@@ -141,8 +141,8 @@ OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they 
         },
     },
     "positions by layer": {
-        "moe": {"first_dense": 1, "every": 2},
-        "model": {"num_layers": 5},
+        "moe": {"first_dense": 1, "every": 2, "num_shared_experts": 1, "shared_bias": True},
+        "model": {"num_layers": 5, "ffn_bias": True},
         "attention": {
             "num_heads": 4,
             "num_kv_heads": 2,
@@ -179,6 +179,8 @@ OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they 
             "d_value": 8,
             "score_factor": 1.5,
             "rope_interleaved": True,
+            "latent_bias": True,
+            "out_bias": True,
         },
     },
     "norms after the parts": {

@@ -21,6 +21,7 @@ BILLIONS = {
     "published/gpt_oss_shapes:20b": (20.9, 4.2),
     "published/granite_3_0_1b_a400m": (1.33, 0.43),
     "published/jetmoe_8b": (8.52, 2.33),
+    "published/llama_4_scout": (107.8, 17.2),
     "published/longcat_flash": (560.0, 32.2),
     "published/olmoe_1b_7b": (6.92, 1.28),
     "published/phi_3_5_moe": (41.9, 6.6),
@@ -32,7 +33,7 @@ BILLIONS = {
 Active ones are here with the embedding, which those of gpt-oss (5.1 and 3.6 billion, and 0.6 of the
 embedding) and DeepSeek-V3 (37 billion) leave out. Those of JetMoE are rounded down (2.2 billion).
 Of LongCat-Flash they are the most, which a token has that chooses no identity (31.3 billion without
-the embedding).
+the embedding). Those of Llama 4 Scout (109 and 17 billion) include a model of images, of 0.9.
 """
 
 

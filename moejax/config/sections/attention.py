@@ -130,7 +130,10 @@ class AttentionConfig:
         needs=all_of(MAY_LACK_ROPE, value("attention.qk_norm", "unweighted")),
     )
     qkv_bias: bool = leaf(False, "biases of queries, keys and values", needs=HAS_GROUPS)
-    out_bias: bool = leaf(False, "bias of the output", needs=HAS_HEADS)
+    out_bias: bool = leaf(False, "bias of the output")
+    latent_bias: bool = leaf(
+        False, "biases of what makes latent vectors of tokens", needs=IS_LATENT
+    )
     clip_qkv: float = leaf(
         0.0,
         "largest magnitude of queries, keys and values; 0: no limit",
@@ -379,10 +382,4 @@ def _validate_latent(attention: AttentionConfig) -> None:
     require(
         attention.d_rope % 2 == 0,
         f"attention.d_rope={attention.d_rope} must be even; use {attention.d_rope + 1}",
-    )
-    d_key = attention.d_nope + attention.d_rope
-    require(
-        attention.d_value <= d_key,
-        f"attention.d_value={attention.d_value} must be at most {d_key}, the sum of "
-        f"attention.d_nope={attention.d_nope} and attention.d_rope={attention.d_rope}",
     )

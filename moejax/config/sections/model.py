@@ -22,6 +22,12 @@ class ModelConfig:
         needs=any_of(DenseLayer(), Derived("moe.d_expert"), value("model.shortcut", True)),
         may_be_unread=True,
     )
+    ffn_bias: bool = leaf(
+        False,
+        "biases of the dense feed-forward layers",
+        needs=DenseLayer(),
+        may_be_unread=True,
+    )
     vocab_size: int = leaf(
         0,
         "rows of the embedding, such as those of a released model; 0: the tokenizer's",

@@ -103,6 +103,11 @@ class MoeConfig:
         at_least=0,
         needs=other_than("moe.num_shared_experts", 0),
     )
+    shared_bias: bool = leaf(
+        False,
+        "biases of shared experts alone; expert_bias gives them to all experts",
+        needs=all_of(other_than("moe.num_shared_experts", 0), value("moe.expert_bias", False)),
+    )
     shared_combine: Literal["sum", "gated", "averaged"] = leaf(
         "sum",
         "how shared experts join the routed output: added, added after a sigmoid gate of the "

@@ -151,12 +151,17 @@ def feed_forward(theirs: str, ours: str) -> tuple[Tensor, ...]:
       theirs: its name, such as `mlp`.
       ours: its path, such as `ffn/shared`.
     """
-    tensors = (
+    weights = (
         Tensor(f"{theirs}.gate_proj.weight", "F D", f"{ours}/gate_up", "D 0 F"),
         Tensor(f"{theirs}.up_proj.weight", "F D", f"{ours}/gate_up", "D 1 F"),
         Tensor(f"{theirs}.down_proj.weight", "D F", f"{ours}/down", "F D"),
     )
-    return only_with(f"{ours}/down", tensors)
+    biases = (
+        Tensor(f"{theirs}.gate_proj.bias", "F", f"{ours}/gate_up_bias", "0 F"),
+        Tensor(f"{theirs}.up_proj.bias", "F", f"{ours}/gate_up_bias", "1 F"),
+        Tensor(f"{theirs}.down_proj.bias", "D", f"{ours}/down_bias", "D"),
+    )
+    return (*only_with(f"{ours}/down", weights), *only_with(f"{ours}/down_bias", biases))
 
 
 def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.config import AttentionConfig
 from moejax.kernels.matmul import dense
+from moejax.nn.attention.absorbed import attend_absorbed, is_cheaper_absorbed
 from moejax.nn.attention.attend import attend
 from moejax.nn.attention.cache import LatentCache
 from moejax.nn.attention.scores import rotary_score_factor, scale_queries
@@ -55,6 +56,12 @@ class LatentAttention(nnx.Module):
         self.kv_up = nnx.Param(kv_up_CHX, axes=("latent", "heads", "head"))
         out_HAD = init_out(rngs.params(), (heads, config.d_value, width))
         self.out = nnx.Param(out_HAD, axes=("heads", "head", "embed"))
+        if config.latent_bias:
+            self.kv_down_bias = nnx.Param(jnp.zeros(d_kv + d_rope), axes=("latent",))
+        if config.latent_bias and config.d_query_latent:
+            self.query_down_bias = nnx.Param(jnp.zeros(config.d_query_latent), axes=("latent",))
+        if config.out_bias:
+            self.out_bias = nnx.Param(jnp.zeros(width), axes=("norm",))
         self.query_scale = self.latent_scale = 1.0
         if config.scale_latents:
             # Whatever the widths, queries, keys and values then have the same variance at first.
@@ -91,10 +98,16 @@ class LatentAttention(nnx.Module):
                 "attention within rows needs segments_BL, and attention to a cache needs cache; "
                 "give one"
             )
-        k_BSHA, v_BSHA = self._keys_and_values(seen)
-        y_BLHA = attend(q_BLHA, k_BSHA, v_BSHA, mask)
-        y_BLHV = y_BLHA[..., : self.config.d_value]
-        return dense(y_BLHV, gather_fsdp(self.out, self.dtype), num_contracted=2), cache
+        num_queries, num_keys = x_BLD.shape[1], seen.latent_BSC.shape[1]
+        if cache is not None and is_cheaper_absorbed(self.config, num_queries, num_keys):
+            kv_up_CHX = gather_fsdp(self.kv_up, self.dtype)
+            y_BLHV = attend_absorbed(q_BLHA, seen, kv_up_CHX, mask)
+        else:
+            y_BLHV = self._attend_expanded(q_BLHA, seen, mask)
+        y_BLD = dense(y_BLHV, gather_fsdp(self.out, self.dtype), num_contracted=2)
+        if self.config.out_bias:
+            y_BLD += self.out_bias[...].astype(self.dtype)[None, None]
+        return y_BLD, cache
 
     def _queries(
         self, x_BLD: jax.Array, positions_BL: jax.Array, factor: float | jax.Array
@@ -105,7 +118,10 @@ class LatentAttention(nnx.Module):
         """
         config = self.config
         if config.d_query_latent:
-            x_BLD = self.query_norm(dense(x_BLD, gather_fsdp(self.query_down, self.dtype)))
+            x_BLD = dense(x_BLD, gather_fsdp(self.query_down, self.dtype))
+            if config.latent_bias:
+                x_BLD += self.query_down_bias[...].astype(self.dtype)[None, None]
+            x_BLD = self.query_norm(x_BLD)
         q_BLHA = dense(x_BLD, gather_fsdp(self.query, self.dtype))
         plain_BLHA, turned_BLHA = jnp.split(q_BLHA, [config.d_nope], axis=-1)
         turned_BLHA = rotate_by_config(turned_BLHA, positions_BL, config, factor=factor)
@@ -116,6 +132,8 @@ class LatentAttention(nnx.Module):
         """Returns what keys and values of these positions are made of."""
         config = self.config
         down_BLX = dense(x_BLD, gather_fsdp(self.kv_down, self.dtype))
+        if config.latent_bias:
+            down_BLX += self.kv_down_bias[...].astype(self.dtype)[None, None]
         latent_BLC, key_BLA = jnp.split(down_BLX, [config.d_kv_latent], axis=-1)
         key_BL1A = rotate_by_config(key_BLA[:, :, None], positions_BL, config)
         latent_BLC = self.kv_norm(latent_BLC)
@@ -123,15 +141,27 @@ class LatentAttention(nnx.Module):
             latent_BLC *= self.latent_scale
         return LatentCache(latent_BLC, key_BL1A[:, :, 0])
 
-    def _keys_and_values(self, seen: LatentCache) -> tuple[jax.Array, jax.Array]:
-        """Returns keys, and values with zeros up to the width of keys."""
+    def _attend_expanded(
+        self, q_BLHA: jax.Array, seen: LatentCache, mask: AttentionMask
+    ) -> jax.Array:
+        """Returns what queries see of the keys and values of each head, `[B, L, H, V]`."""
         config = self.config
         up_BSHX = dense(seen.latent_BSC, gather_fsdp(self.kv_up, self.dtype))
         plain_BSHA, v_BSHV = jnp.split(up_BSHX, [config.d_nope], axis=-1)
         shared_BS1A = seen.key_BSA[:, :, None]
         shared_BSHA = jnp.repeat(shared_BS1A, config.num_heads, axis=2)
         k_BSHA = jnp.concatenate([plain_BSHA, shared_BSHA], axis=-1)
-        missing = config.d_nope + config.d_rope - config.d_value
-        no_padding = (0, 0)
-        v_BSHA = jnp.pad(v_BSHV, (no_padding, no_padding, no_padding, (0, missing)))
-        return k_BSHA, v_BSHA
+        # Kernels take keys and values of one width, by whose root they divide scores.
+        d_key = config.d_nope + config.d_rope
+        width = max(d_key, config.d_value)
+        q_BLHA = scale_queries(q_BLHA, (width / d_key) ** 0.5)
+        q_BLHA, k_BSHA, v_BSHA = (_pad_heads(x, width) for x in (q_BLHA, k_BSHA, v_BSHV))
+        y_BLHA = attend(q_BLHA, k_BSHA, v_BSHA, mask)
+        return y_BLHA[..., : config.d_value]
+
+
+def _pad_heads(x_BLHA: jax.Array, width: int) -> jax.Array:
+    """Returns heads with zeros up to a width."""
+    no_padding = (0, 0)
+    missing = width - x_BLHA.shape[-1]
+    return jnp.pad(x_BLHA, (no_padding, no_padding, no_padding, (0, missing)))

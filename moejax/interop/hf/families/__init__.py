@@ -14,7 +14,7 @@ from moejax.interop.hf.families import (
     olmoe,
     phimoe,
 )
-from moejax.interop.hf.families.deepseek import deepseek_v2, deepseek_v3
+from moejax.interop.hf.families.deepseek import deepseek_v2, deepseek_v3, kimi_k2
 from moejax.interop.hf.families.granite import granitemoe, granitemoeshared
 from moejax.interop.hf.families.llama import llama, llama4
 from moejax.interop.hf.families.mistral import mistral, mixtral
@@ -34,6 +34,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoeshared": granitemoeshared.FAMILY,
     "hunyuan_v1_moe": hunyuan_v1_moe.FAMILY,
     "jetmoe": jetmoe.FAMILY,
+    "kimi_k2": kimi_k2.FAMILY,
     "llama": llama.FAMILY,
     "llama4": llama4.FAMILY,
     "llama4_text": llama4.TEXT,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moejax.interop.hf.attention_bias import BIASES
 from moejax.interop.hf.family import Family
 from moejax.interop.hf.keys import Always, Fixed, Ignored, Key, Leaves, Mapped, first_of
 from moejax.interop.hf.llama import (
@@ -64,6 +65,23 @@ LAYERS = Mapped(
 )
 
 
+def _read_bias(published: Mapping[str, Any]) -> Leaves:
+    """Returns the biases that one key turns on: all but those of routed experts."""
+    has_bias = first_of(published, ("use_bias",), False)
+    has_shared = first_of(published, ("moe_num_shared_experts",), 2) > 0
+    return {
+        "attention.qkv_bias": has_bias,
+        "attention.out_bias": has_bias,
+        "model.ffn_bias": has_bias,
+        "model.logits_bias": has_bias,
+        "moe.shared_bias": has_bias and has_shared,
+    }
+
+
+def _write_bias(leaves: Leaves) -> dict[str, Any]:
+    return {"use_bias": leaves["attention.qkv_bias"]}
+
+
 def _is_of_further_tokens(name: str, published: Mapping[str, Any]) -> bool:
     """Whether a tensor is of what predicts further tokens in training."""
     del published
@@ -80,7 +98,7 @@ FAMILY = Family(
         LAYERS,
         Key("rope_theta", "attention.rope_theta", default=5e5),
         Always("attention.rope_interleaved", True),
-        Fixed("use_bias", False),
+        Mapped(("use_bias",), _read_bias, _write_bias),
         Key("intermediate_size", "model.d_ff"),
         Key("moe_intermediate_size", "moe.d_expert"),
         Key("moe_num_experts", "moe.num_experts", aliases=("num_experts",)),
@@ -95,8 +113,8 @@ FAMILY = Family(
         Always("moe.renormalize", True),
         Always("moe.z_weight", 0.0),
     ),
-    outer=OUTER,
-    layer=(*NORMS, *ATTENTION),
+    outer=(*OUTER, Tensor("lm_head.bias", "V", "logits_bias", "V", only_with="logits_bias")),
+    layer=(*NORMS, *ATTENTION, *BIASES),
     dense=feed_forward("mlp", "ffn"),
     moe=(
         *MLP_ROUTER,

@@ -1,26 +1,17 @@
-"""gpt-oss (OpenAI 2025), with weights in bfloat16 or float32."""
+"""gpt-oss (OpenAI 2025), also in MXFP4."""
 
-from collections.abc import Mapping
-from typing import Any
-
+from moejax.interop.hf.attention_bias import BIASES, attention_bias
 from moejax.interop.hf.family import Family
-from moejax.interop.hf.keys import Always, Fixed, Ignored, Key, Leaves, Mapped, first_of
+from moejax.interop.hf.keys import Always, Fixed, Ignored, Key
 from moejax.interop.hf.llama import (
     ATTENTION,
     DECODER,
     NORMS,
     OUTER,
-    QKV_BIAS,
     experts_per_token,
 )
 from moejax.interop.hf.shared.windows import Windows, on_every_other_layer
 from moejax.interop.hf.tensors import Tensor
-
-
-def _read_bias(published: Mapping[str, Any]) -> Leaves:
-    has_bias = first_of(published, ("attention_bias",), True)
-    return {"attention.qkv_bias": has_bias, "attention.out_bias": has_bias}
-
 
 FAMILY = Family(
     model_type="gpt_oss",
@@ -30,11 +21,7 @@ FAMILY = Family(
         *experts_per_token(Always("moe.renormalize", True), "num_local_experts", "num_experts"),
         Key("intermediate_size", "moe.d_expert"),
         Key("rope_theta", "attention.rope_theta", default=150_000.0),
-        Mapped(
-            ("attention_bias",),
-            _read_bias,
-            lambda leaves: {"attention_bias": leaves["attention.qkv_bias"]},
-        ),
+        attention_bias(default=True),
         Windows(
             on_every_other_layer,
             width=128,
@@ -54,8 +41,7 @@ FAMILY = Family(
     layer=(
         *NORMS,
         *ATTENTION,
-        *QKV_BIAS,
-        Tensor("self_attn.o_proj.bias", "D", "mixer/out_bias", "D"),
+        *BIASES,
         Tensor("self_attn.sinks", "H", "mixer/sinks", "H"),
     ),
     dense=(),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.interop.hf.errors import HfError
-from moejax.interop.hf.keys import Always, Entry, Fixed, Key, Leaves, Mapped, first_of
+from moejax.interop.hf.keys import Always, Entry, Key, Leaves, Mapped, first_of
 from moejax.interop.hf.rope import ROPE_SCALING, write_scaling
 from moejax.interop.hf.tensors import Tensor
 
@@ -52,20 +52,41 @@ EQUAL_HEADS = Mapped(("num_attention_heads", "num_key_value_heads"), _read_heads
 SCORE_FACTOR = Mapped(("rope_scaling",), _read_score_factor, _write_score_factor)
 """Read next to `ROPE_SCALING`."""
 
+
+def _read_query_latent(published: Mapping[str, Any]) -> Leaves:
+    """Returns the width of the latent vector of queries, which they lack where it is null."""
+    return {"attention.d_query_latent": first_of(published, ("q_lora_rank",), 0)}
+
+
+def _write_query_latent(leaves: Leaves) -> dict[str, Any]:
+    return {"q_lora_rank": leaves["attention.d_query_latent"] or None}
+
+
+def _read_bias(published: Mapping[str, Any]) -> Leaves:
+    has_bias = first_of(published, ("attention_bias",), False)
+    return {"attention.latent_bias": has_bias, "attention.out_bias": has_bias}
+
+
+def _write_bias(leaves: Leaves) -> dict[str, Any]:
+    return {"attention_bias": leaves["attention.out_bias"]}
+
+
+LATENT_BIAS = Mapped(("attention_bias",), _read_bias, _write_bias)
+
 LATENT_ATTENTION: tuple[Entry, ...] = (
     EQUAL_HEADS,
     ROPE_SCALING,
     SCORE_FACTOR,
     Key("rope_theta", "attention.rope_theta", default=1e4),
-    Key("q_lora_rank", "attention.d_query_latent", default=0),
+    Mapped(("q_lora_rank",), _read_query_latent, _write_query_latent),
     Key("kv_lora_rank", "attention.d_kv_latent"),
     Key("qk_nope_head_dim", "attention.d_nope"),
     Key("qk_rope_head_dim", "attention.d_rope"),
     Key("v_head_dim", "attention.d_value"),
     Always("attention.kind", "latent"),
-    Fixed("attention_bias", False),
+    LATENT_BIAS,
 )
-"""Keys; queries have a latent vector if `q_lora_rank` is not null."""
+"""Keys of the reference of DeepSeek."""
 
 LATENT_TENSORS = (
     Tensor(
@@ -100,4 +121,13 @@ LATENT_TENSORS = (
     Tensor("self_attn.kv_a_layernorm.weight", "C", "mixer/kv_norm/scale", "C"),
     Tensor("self_attn.kv_b_proj.weight", "(H X) C", "mixer/kv_up", "C H X"),
     Tensor("self_attn.o_proj.weight", "D (H A)", "mixer/out", "H A D"),
+    Tensor("self_attn.q_a_proj.bias", "C", "mixer/query_down_bias", "C", "mixer/query_down_bias"),
+    Tensor(
+        "self_attn.kv_a_proj_with_mqa.bias",
+        "X",
+        "mixer/kv_down_bias",
+        "X",
+        only_with="mixer/kv_down_bias",
+    ),
+    Tensor("self_attn.o_proj.bias", "D", "mixer/out_bias", "D", only_with="mixer/out_bias"),
 )

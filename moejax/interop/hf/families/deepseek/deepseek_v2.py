@@ -42,6 +42,15 @@ def _write_groups(leaves: Leaves) -> dict[str, Any]:
     }
 
 
+def _read_bias(published: Mapping[str, Any]) -> Leaves:
+    has_bias = first_of(published, ("mlp_bias",), False)
+    return {"model.ffn_bias": has_bias, "moe.shared_bias": has_bias}
+
+
+def _write_bias(leaves: Leaves) -> dict[str, Any]:
+    return {"mlp_bias": leaves["moe.shared_bias"]}
+
+
 FAMILY = Family(
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
@@ -59,7 +68,7 @@ FAMILY = Family(
         Key("routed_scaling_factor", "moe.route_scale", default=1.0),
         Fixed("scoring_func", "softmax"),
         Fixed("moe_layer_freq", 1),
-        Fixed("mlp_bias", False),
+        Mapped(("mlp_bias",), _read_bias, _write_bias),
         # The reference does not renormalise, whatever norm_topk_prob says.
         Ignored("norm_topk_prob", "aux_loss_alpha", "ep_size", "seq_aux"),
         Ignored("head_dim", "qk_head_dim"),

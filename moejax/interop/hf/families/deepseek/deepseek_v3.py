@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1 (DeepSeek-AI 2024), Moonlight and Kimi K2, with weights of 16 or 32 bits."""
+"""DeepSeek-V3 and R1 (DeepSeek-AI 2024) and Moonlight, also in FP8."""
 
 from moejax.interop.hf.family import Family
 from moejax.interop.hf.keys import Ignored, Key

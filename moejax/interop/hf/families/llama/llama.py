@@ -2,7 +2,7 @@
 
 from moejax.interop.hf.attention_bias import ATTENTION_BIAS, BIASES
 from moejax.interop.hf.family import Family
-from moejax.interop.hf.keys import Always, Fixed, Key
+from moejax.interop.hf.keys import Always, Key
 from moejax.interop.hf.llama import ATTENTION, DECODER, NORMS, OUTER, feed_forward
 
 FAMILY = Family(
@@ -13,7 +13,7 @@ FAMILY = Family(
         ATTENTION_BIAS,
         Key("intermediate_size", "model.d_ff"),
         Key("rope_theta", "attention.rope_theta", default=1e4),
-        Fixed("mlp_bias", False),
+        Key("mlp_bias", "model.ffn_bias", default=False),
         Always("moe.num_experts", 0),
     ),
     outer=OUTER,

@@ -102,7 +102,8 @@ def _write_chunks(leaves: Leaves) -> dict[str, Any]:
     num_layers = leaves["model.num_layers"]
     chunk = leaves["attention.chunk"]
     if not chunk:
-        return {"attention_chunk_size": None, "layer_types": ["full_attention"] * num_layers}
+        # The reference makes a mask of chunks even where no layer has it, and needs their size.
+        return {"attention_chunk_size": 8192, "layer_types": ["full_attention"] * num_layers}
     theirs = {ours: theirs for theirs, ours in KINDS.items()}
     kinds = kinds_of_layers(leaves["attention.chunk_layers"], num_layers)
     return {"attention_chunk_size": chunk, "layer_types": [theirs[kind] for kind in kinds]}
