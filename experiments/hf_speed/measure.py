@@ -2,8 +2,8 @@
 
     python experiments/hf_speed/measure.py --reference_python=ENV/bin/python
 
-ENV has torch and transformers. A random Mixtral is written to a temporary folder, both sides load it,
-and take turns. Printed are medians, and the ratio of ours to the reference's.
+ENV has torch and transformers. A random Mixtral is written to a temporary folder, both sides load
+it, and take turns. Printed are medians, and the ratio of ours to the reference's.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Times the reference implementation, a command a line: for `measure.py`, in an environment with torch.
+"""Times the reference implementation for `measure.py`, in an environment with torch.
 
-Reads `forward BATCH LENGTH` or `decode BATCH PROMPT STEPS` from standard input and answers with seconds.
+Reads `forward BATCH LENGTH` or `decode BATCH PROMPT STEPS`, a line each, and answers with seconds.
 """
 
 import os

@@ -66,7 +66,7 @@ class RecipeParser(flags.ArgumentParser):
           RecipeError: there is none, or it is wrong.
         """
         file, argument = split_recipe(path)
-        if file.endswith(RECORD) and argument is None:
+        if Path(file).name == RECORD and argument is None:
             return _recorded(file)
         self.module = _execute(_find(file), file)
         found = _configuration(self.module, file, argument)
@@ -96,6 +96,11 @@ def _recorded(file: str) -> ConfigDict:
     path = resolve_path(file, "--config")
     if not path.is_file():
         raise RecipeError(f"--config={file} does not exist; {_nearest(file, path)}")
+    if b'"model_type"' in path.read_bytes():
+        raise RecipeError(
+            f"--config={file} is that of a released model; convert it first, by moejax convert "
+            f"--hf={Path(file).parent} --workdir=RUN, and give RUN/{RECORD}"
+        )
     recipe = default()
     for key, value in given_leaves(read_config(path.parent)).items():
         section, name = key.split(".")

@@ -10,6 +10,7 @@ from pathlib import Path
 from moejax.config import Config, ConfigError
 from moejax.data import Tokenizer, load_tokenizer
 from moejax.data.tokenizers import check_rows, open_tokenizer
+from moejax.data.tokenizers.ids import IdTokenizer
 
 log = logging.getLogger("moejax")
 
@@ -28,7 +29,7 @@ def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
     """
     has_copy = (workdir / "tokenizer.json").exists()
     copy = load_tokenizer(workdir) if has_copy else None
-    if not config.data.has_tokenizer_file:
+    if not config.data.has_tokenizer_file or isinstance(copy, IdTokenizer):
         return copy
     file = config.data.tokenizer
     if copy is not None and not Path(file).exists():

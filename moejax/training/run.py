@@ -23,6 +23,7 @@ from moejax.training.multihost.processes import broadcast_from_primary, is_first
 from moejax.training.run_directory.changes import log_changes
 from moejax.training.run_directory.files import RunFiles
 from moejax.training.run_directory.layout import (
+    check_not_converted,
     check_run_directory,
     warn_of_lost_checkpoints,
     write_run_directory,
@@ -114,6 +115,7 @@ class TrainingRun:
             is_saved = step in self.checkpoints.steps()
             state = self.checkpoints.restore(step) if is_saved else None
             if state is None:
+                check_not_converted(self.workdir)
                 warn_of_lost_checkpoints(self.workdir)
                 return self.setup.init(self.seed)
         if step:  # a run that begins with weights of others continues none
@@ -193,7 +195,8 @@ def common_start(runs: Sequence[TrainingRun]) -> int:
         run.checkpoints.check_listing()
     steps = [run.checkpoints.steps() for run in runs]
     common = common_step(steps)
-    if not common and any(map(any, steps)):
+    has_all = all(common in own for own in steps)
+    if not has_all and any(steps):
         known = zip(runs, steps, strict=True)
         listed = "; ".join(f"{run.workdir}: {own or 'none'}" for run, own in known)
         raise CheckpointError(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cases.training import initial_state, make, packed_batch, small_config
+from cases.training import case_config, initial_state, make, packed_batch, small_config
 from moejax.config import Config, Knobs
 from moejax.kernels import cross_entropy
 from moejax.moe.expert_parallel.buffers import mean_receivers, room_for
@@ -317,6 +317,13 @@ def test_the_mesh_changes_nothing_for_a_pattern_of_layers_with_shared_experts():
     }
     one = run(small_config(**sections))
     assert_same(run(small_config(**sections, mesh={"data": 2, "tensor": 2}), 4), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["attention", "positions by layer"])
+def test_splitting_sequences_changes_nothing_where_layers_differ_in_what_they_see(case):
+    mesh = {"data": 2, "context": 2, "tensor": 2}
+    assert_same(run(case_config(case, mesh=mesh), 8), run(case_config(case, mesh={"data": 1})))
 
 
 @pytest.mark.slow

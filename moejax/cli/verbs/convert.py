@@ -9,6 +9,7 @@ goes on where it stopped, by the same command. docs/families.md lists the famili
 write reference.npz; a difference beyond the tolerances exits with 1.
 """
 
+import math
 import shlex
 import sys
 from typing import Any
@@ -47,6 +48,10 @@ MODES = (
     "--hf=DIR --workdir=RUN converts to a run directory, --workdir=RUN --to_hf=DIR back, and "
     "--hf=DIR --compare=FILE.npz compares"
 )
+
+
+OF_TO_HF = ("family", "step", "dtype")
+OF_COMPARE = ("tolerance", "gradient_tolerance")
 
 
 class DisagreementError(Exception):
@@ -103,14 +108,25 @@ def run(values: FlagValues, rest: list[str]) -> None:
     keep_compilation_cache()
     given = [name for name in ("hf", "workdir", "to_hf", "compare") if values[name].value]
     if given == ["hf", "workdir"]:
+        _refuse(values, "--to_hf", OF_TO_HF)
+        _refuse(values, "--compare", OF_COMPARE)
         _to_run(values)
     elif given == ["workdir", "to_hf"]:
+        _refuse(values, "--compare", OF_COMPARE)
         _to_hf(values)
     elif given == ["hf", "compare"]:
+        _refuse(values, "--to_hf", OF_TO_HF)
         _compare(values)
     else:
         flags_given = " ".join(f"--{name}" for name in given) or "no flags"
         raise UsageError(f"moejax convert with {flags_given} is not clear; {MODES}")
+
+
+def _refuse(values: FlagValues, needed: str, names: tuple[str, ...]) -> None:
+    """Raises `UsageError` for a flag that only goes with another one."""
+    for name in names:
+        if values[name].present:
+            raise UsageError(f"--{name} goes with {needed} only; leave it out")
 
 
 def _to_run(values: FlagValues) -> None:
@@ -219,8 +235,10 @@ def _kind(name: str) -> str:
 
 def _first(comparison: Comparison) -> str:
     """Returns what is furthest from its reference."""
-    worst = max(comparison.differences, key=lambda each: each.relative / (each.tolerance or 1))
-    if not worst.is_within:
+    beyond = [each for each in comparison.differences if not each.is_within]
+    if beyond:
+        # What is no number is the furthest.
+        worst = max(beyond, key=lambda each: (math.isnan(each.relative), each.relative))
         return (
             f"{worst.name} by {worst.relative:.2g} of its largest magnitude, and at most "
             f"{worst.tolerance:g} is tolerated"

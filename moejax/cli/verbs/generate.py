@@ -33,11 +33,11 @@ from moejax.compilation_cache import keep_compilation_cache
 from moejax.data.tokenizers import ReleasedTokenizer, TextStream
 from moejax.inference.generate import Prompt, generate, generate_text, prompt_ids
 from moejax.inference.load import LoadedRun, load_run
-from moejax.interop.hf.conversion.texts import SOURCE_FOLDER
 from moejax.interop.hf.released import load_released
 from moejax.interop.hf.text.folder import ReleasedText, find_text
 from moejax.interop.hf.text.generation import GenerationDefaults
 from moejax.strict_json import to_json
+from moejax.training.run_directory.layout import RELEASED
 
 MAX_TOKENS = 200
 TEMPERATURE = 0.7
@@ -121,7 +121,7 @@ def _load(values: FlagValues) -> tuple[LoadedRun, ReleasedText | None]:
     if folder is None:
         workdir = read_workdir(values)
         loaded = load_run(workdir, values.step)
-        folder = workdir / SOURCE_FOLDER
+        folder = workdir / RELEASED
     elif values.step is not None:
         raise UsageError(f"--step={values.step} goes with --workdir only; leave it out")
     else:

@@ -208,7 +208,7 @@ def with_older_spelling(published: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in rope:
             keys[name] = rope.pop(name)
-    is_plain = rope.get("rope_type", "default") == "default" and len(rope) <= 1
+    is_plain = rope in ({}, {"rope_type": "default"}, {"rope_type": None})
     keys["rope_scaling"] = None if is_plain else rope
     return keys
 

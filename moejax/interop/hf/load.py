@@ -62,7 +62,8 @@ def load_model(folder: str | Path) -> Decoder:
       HfError: a folder that holds something else than such a model.
     """
     checkpoint = open_checkpoint(folder)
-    graphdef, params, others = empty_model(checkpoint.config)
+    graphdef, abstract, others = abstract_model(checkpoint.config)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     arrays = named_arrays(params) | named_arrays(others)
     sources = checkpoint.claim(named_arrays(params), named_arrays(others))
     for piece in pieces_of(checkpoint.config, checkpoint.family, shapes_of(arrays)):
@@ -124,14 +125,13 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, family, published, weights)
 
 
-def empty_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Returns the structure of a model, parameters to be filled, and what else it carries.
+def abstract_model(config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Returns the structure of a model, shapes of its parameters, and what else it carries.
 
-    Parameters take no memory until they are written.
+    It takes no memory for parameters, however many there are.
     """
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-    graphdef, abstract_params, *_ = nnx.split(abstract, nnx.Param, ...)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_params)
+    graphdef, params, *_ = nnx.split(abstract, nnx.Param, ...)
 
     @jax.jit
     def make_others():

@@ -360,8 +360,7 @@ class Checkpoints:
             )
 
     def _compare_tokenizer(self, saved: Mapping[str, str], folder: Path) -> None:
-        # Converted weights may come without a tokenizer.
-        if saved and saved != tokenizer_digests(self.workdir):
+        if saved != tokenizer_digests(self.workdir):
             raise CheckpointError(
                 f"{folder} was saved with another tokenizer than {self.workdir}/tokenizer.*; "
                 "restore those files, or start a new run in another --workdir"

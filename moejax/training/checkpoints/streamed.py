@@ -58,6 +58,10 @@ def make_skeleton(folder: Path, step: int, arrays: Mapping[str, Layout]) -> None
         store.make(name, layout)
 
 
+class StoreError(ValueError):
+    """A region that cannot be read or written: the message names the folder and the reason."""
+
+
 class StreamedCheckpoint:
     """The arrays of a checkpoint, open for writing and reading regions, by several threads.
 
@@ -71,12 +75,28 @@ class StreamedCheckpoint:
         self._synced: set[Path] = set()
 
     def write(self, name: str, place: Place, values: np.ndarray) -> None:
-        """Writes a region; it is on disk after `sync`."""
-        self._store.open(name)[place].write(values).result()
+        """Writes a region; it is on disk after `sync`.
+
+        Raises:
+          StoreError: it cannot be written, for one because the disk is full.
+        """
+        try:
+            self._store.open(name)[place].write(values).result()
+        except (ValueError, OSError) as error:  # as tensorstore reports what the system says
+            raise StoreError(
+                f"{self._folder}: {name} cannot be written ({_line(error)})"
+            ) from error
 
     def read(self, name: str, place: Place) -> np.ndarray:
-        """Returns a region."""
-        return self._store.open(name)[place].read().result()
+        """Returns a region.
+
+        Raises:
+          StoreError: it cannot be read.
+        """
+        try:
+            return self._store.open(name)[place].read().result()
+        except (ValueError, OSError) as error:
+            raise StoreError(f"{self._folder}: {name} cannot be read ({_line(error)})") from error
 
     def sync(self) -> None:
         """Returns when all that was written is on disk."""
@@ -133,3 +153,7 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -37,6 +37,9 @@ LOST_CONFIG = (
 CONVERTING = "converting"
 """A folder of a run directory in which released weights are being written."""
 
+RELEASED = "hf"
+"""A folder of a run directory with what a released model came with besides weights."""
+
 GLOB_LETTERS = "*?["
 
 log = logging.getLogger("moejax")
@@ -96,6 +99,15 @@ def _known_configs(workdir: Path) -> Iterator[tuple[Config, bool]]:
             yield resolve_recorded(meta["config"]), has_optimizer(meta)
 
 
+def check_not_converted(workdir: Path) -> None:
+    """Raises `ConfigError` where a run without checkpoints began with the weights of others."""
+    if (workdir / RELEASED).exists():
+        raise ConfigError(
+            f"{workdir} began with the weights of a released model, and its checkpoints are gone; "
+            "restore them, or convert the model again, to another --workdir"
+        )
+
+
 def warn_of_lost_checkpoints(workdir: Path) -> None:
     """Warns that a run begins again although it was trained before: its checkpoints are gone."""
     path = workdir / "metrics.jsonl"
@@ -152,7 +164,8 @@ def write_run_directory(
       ConfigError: the directory holds a run on other data, or cannot be written.
     """
     path = workdir / "config.json"
-    _check_numerics(workdir)
+    if _recorded_facts(workdir).get("corpus", "") is not None:
+        _check_numerics(workdir)  # converted weights depend on no setting of jax
     if corpus is not None:
         _check_corpus(workdir, corpus)
     device = jax.devices()[0]

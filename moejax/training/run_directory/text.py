@@ -76,6 +76,8 @@ def open_run_corpus(
     if record.get("corpus", "") is None:
         # Converted weights, which saw no rows: any text may be evaluated.
         data = _with_places(config_data, given)
+        if data.files:
+            data = dataclasses.replace(data, source="files")
         seq_len = min(data.seq_len, LONGEST_ROW)
         return prepare(dataclasses.replace(data, seq_len=seq_len), tokenizer)
     corpus = record.get("corpus")

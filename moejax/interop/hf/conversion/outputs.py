@@ -80,7 +80,7 @@ class Outputs:
         yield "logits", logits_BLV
         yield "final_hidden", hidden_BLD
         for padding in (LEFT, RIGHT):
-            if f"{padding}input_ids" in self._reference:
+            if {f"{padding}input_ids", f"{padding}attention_mask"} <= self._reference.keys():
                 yield f"{padding}logits", self.run(padding)[0]
 
     def layers(self) -> Named:

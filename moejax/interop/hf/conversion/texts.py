@@ -12,11 +12,11 @@ from pathlib import Path
 from moejax.config import Config
 from moejax.data import Tokenizer
 from moejax.data.tokenizers.ids import IdTokenizer
-from moejax.interop.hf.files.stored import StoredTensor
+from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.files.stored import DTYPES, StoredTensor
 from moejax.interop.hf.load import Checkpoint
 from moejax.interop.hf.text.folder import TOKENIZER_FILES, find_text
 
-SOURCE_FOLDER = "hf"
 TYPES_FILE = "types.json"
 
 TYPE_OF_QUANTIZED = "BF16"
@@ -87,4 +87,11 @@ def read_types(folder: Path) -> dict[str, str]:
     path = folder / TYPES_FILE
     if not path.is_file():
         return {}
-    return {str(name): str(kind) for name, kind in json.loads(path.read_bytes()).items()}
+    try:
+        types = json.loads(path.read_bytes())
+        are_known = all(kind in DTYPES for kind in types.values())
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise HfError(f"{path} is damaged ({error}); restore it from a copy") from error
+    if not are_known:
+        raise HfError(f"{path} is damaged: it has types that are none; restore it from a copy")
+    return types

@@ -15,25 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 import moejax
 from moejax.config import Config, resolve_recorded
 from moejax.interop.hf.conversion.journal import Journal
-from moejax.interop.hf.conversion.texts import SOURCE_FOLDER, TEXTS, read_types
-from moejax.interop.hf.conversion.to_run import (
-    COMPLETE,
-    Progress,
-    check_empty,
+from moejax.interop.hf.conversion.staging import (
+    check_target,
+    is_complete,
+    mark_complete,
     move_all,
-    num_threads,
+    remove_staging,
 )
-from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.conversion.texts import TEXTS, read_types
+from moejax.interop.hf.conversion.to_run import Progress, num_threads
+from moejax.interop.hf.errors import ConversionInterruptedError, HfError
 from moejax.interop.hf.families import FAMILIES
 from moejax.interop.hf.family import Family
 from moejax.interop.hf.files.stored import DTYPES
 from moejax.interop.hf.files.weights import INDEX, SINGLE
-from moejax.interop.hf.load import empty_model
+from moejax.interop.hf.load import abstract_model
 from moejax.interop.hf.pieces import Piece, pieces_of
 from moejax.interop.hf.places import named_arrays, shapes_of
 from moejax.interop.hf.save import published_keys
@@ -42,13 +44,13 @@ from moejax.paths import replace_file
 from moejax.training.checkpoints.checkpoint import CheckpointError
 from moejax.training.checkpoints.digests import digest_of, sums_of_region
 from moejax.training.checkpoints.meta import DamageError, has_optimizer, read_meta, saved_steps
-from moejax.training.checkpoints.streamed import StreamedCheckpoint
-from moejax.training.run_directory.layout import CONVERTING, read_config
+from moejax.training.checkpoints.streamed import StoreError, StreamedCheckpoint
+from moejax.training.run_directory.layout import CONVERTING, RELEASED, read_config
 
 FILE_BYTES = 2**28
 """Size of a file, unless a tensor alone is larger."""
 
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
+KEPT = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id")
 """Keys of a released model's `config.json` that say nothing of what it computes, and are kept."""
 
 TORCH_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -100,20 +102,29 @@ def convert_to_hf(
       CheckpointError: no such checkpoint, or it is damaged.
       LockedError: another process writes there.
     """
+    check_target(folder, workdir, "--to_hf")
     run = _open_run(workdir, step)
     family = choose_family(run.config, model_type, _published_by(workdir))
     keys = published_keys(run.config, family)
-    check_empty(folder, "--to_hf")
     with FolderLock(folder, "convert"):
+        check_target(folder, workdir, "--to_hf")
         export = _Export(run, family, folder, dtype)
-        try:
-            export.run()
-        except (HfError, CheckpointError):  # it would fail again
-            shutil.rmtree(folder / CONVERTING)
-            raise
+        if not is_complete(folder):
+            _write(export)
         export.finish(keys)
     (folder / ".lock").unlink(missing_ok=True)
     return family
+
+
+def _write(export: "_Export") -> None:
+    """Writes all files; what cannot be converted leaves nothing."""
+    try:
+        export.run()
+    except ConversionInterruptedError:
+        raise
+    except (HfError, CheckpointError):  # it would fail again
+        shutil.rmtree(export.staging)
+        raise
 
 
 def choose_family(config: Config, model_type: str, source: Mapping[str, Any]) -> Family:
@@ -182,10 +193,13 @@ def _open_run(workdir: Path, step: int | None) -> _Run:
 
 def _published_by(workdir: Path) -> Mapping[str, Any]:
     """Returns `config.json` of the released model that a run was converted from; empty if none."""
-    path = workdir / SOURCE_FOLDER / "config.json"
+    path = workdir / RELEASED / "config.json"
     if not path.is_file():
         return {}
-    published = json.loads(path.read_bytes())
+    try:
+        published = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise HfError(f"{path} is damaged ({error}); restore it from a copy") from error
     return published if isinstance(published, dict) else {}
 
 
@@ -202,13 +216,14 @@ class _Export:
     def __init__(self, source: _Run, family: Family, folder: Path, dtype: str):
         self.source = source
         self.folder = folder
+        self.family = family
         self.staging = folder / CONVERTING
-        _, params, others = empty_model(source.config)
+        _, params, others = abstract_model(source.config)
         arrays = named_arrays(params) | named_arrays(others)
         self.field_of = dict.fromkeys(named_arrays(params), "params")
         self.shapes = shapes_of(arrays)
         is_untouched = not dtype and not has_optimizer(source.meta)
-        self.types = read_types(source.workdir / SOURCE_FOLDER) if is_untouched else {}
+        self.types = read_types(source.workdir / RELEASED) if is_untouched else {}
         self.default_type = TORCH_DTYPES[dtype or "float32"]
         self.files = _files(list(pieces_of(source.config, family, self.shapes)), self.dtype)
 
@@ -219,66 +234,78 @@ class _Export:
     def run(self) -> None:
         """Writes all files that are not written yet, and compares the digests of all arrays."""
         self.staging.mkdir(exist_ok=True)
-        journal = Journal(self.staging / "journal.jsonl", self._identity())
-        if not journal.done:
-            (self.staging / COMPLETE).unlink(missing_ok=True)
-        if (self.staging / COMPLETE).exists():
-            return
+        journal = Journal(self.staging, self._identity())
+        for number in [number for number in journal.done if not self._is_there(number, journal)]:
+            del journal.done[number]
         stored = StreamedCheckpoint(self.source.folder)
         total = sum(_num_bytes(piece, self.dtype) for file in self.files for piece in file.pieces)
         progress = Progress(total)
         left = [number for number in range(len(self.files)) if number not in journal.done]
-
-        def write(number: int) -> dict[str, list[int]]:
-            return self._write(self.files[number], stored)
-
         with ThreadPoolExecutor(num_threads()) as pool:
-            for number, note in zip(left, pool.map(write, left), strict=True):
+            notes = pool.map(lambda number: self._write(self.files[number], stored), left)
+            for number, note in zip(left, notes, strict=True):
                 journal.add([(number, note)])
                 file = self.files[number]
                 progress.add(sum(_num_bytes(piece, self.dtype) for piece in file.pieces))
         journal.close()
-        self._compare(journal.done.values())
-        (self.staging / COMPLETE).touch()
+        self._compare([note["sums"] for note in journal.done.values()])
+        mark_complete(self.folder)
+
+    def _is_there(self, number: int, journal: Journal) -> bool:
+        """Whether a file that is noted as done is there in its size."""
+        path = self.staging / self.files[number].name
+        return path.is_file() and path.stat().st_size == journal.done[number]["bytes"]
 
     def finish(self, keys: Mapping[str, Any]) -> None:
         """Moves the files to their place; `config.json`, which makes it a model, comes last."""
-        move_all(self.staging, self.folder, [file.name for file in self.files])
+        move_all(self.folder, [file.name for file in self.files])
         if len(self.files) > 1:
             replace_file(self.folder / INDEX, json.dumps(self._index(), indent=1).encode())
         published = _published_by(self.source.workdir)
-        texts = self.source.workdir / SOURCE_FOLDER
+        texts = self.source.workdir / RELEASED
         for name in TEXTS:
             if name != "config.json" and (texts / name).is_file():
                 shutil.copyfile(texts / name, self.folder / name)
         kept = {key: published[key] for key in KEPT if key in published}
         content = json.dumps({**keys, **kept, "torch_dtype": self._torch_dtype()}, indent=2)
-        shutil.rmtree(self.staging)
         replace_file(self.folder / "config.json", content.encode())
+        remove_staging(self.folder)
 
     def _torch_dtype(self) -> str:
         """Returns the type of most tensors, as `config.json` calls it."""
         types = [self.types.get(name, self.default_type) for name in self._index()["weight_map"]]
-        most = max(set(types), key=types.count)
+        most = max(sorted(set(types)), key=types.count)
         return next(name for name, kind in TORCH_DTYPES.items() if kind == most)
 
-    def _write(self, file: File, stored: StreamedCheckpoint) -> dict[str, list[int]]:
-        """Writes a file; returns what its pieces contribute to the digests of arrays."""
+    def _write(self, file: File, stored: StreamedCheckpoint) -> dict[str, Any]:
+        """Writes a file; returns its size, and what its pieces add to the digests of arrays."""
         tensors: dict[str, np.ndarray] = {}
         sums: dict[str, np.ndarray] = {}
         for piece in file.pieces:
-            values = stored.read(self._name(piece.array), piece.place)
+            values = self._read(piece, stored)
             for name, tensor in piece.to_theirs(values):
-                typed = tensor.astype(self.dtype(name), copy=False)
+                typed = _as_type(name, tensor, self.dtype(name))
                 # Rows of one tensor may come from several arrays, one after the other.
                 tensors[name] = np.concatenate([tensors[name], typed]) if name in tensors else typed
             added = sums_of_region(piece.place, self.shapes[piece.array], values)
             sums[piece.array] = sums.get(piece.array, NO_SUMS) + added
         path = self.staging / file.name
-        save_file(tensors, path, metadata={"format": "pt"})
-        os.chmod(path, 0o644)  # the library makes files private
-        _sync(path)
-        return {name: each.tolist() for name, each in sums.items()}
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+            os.chmod(path, 0o644)  # the library makes files private
+            _sync(path)
+        except (SafetensorError, OSError) as error:
+            raise ConversionInterruptedError(
+                f"{path} cannot be written ({error}); make room, and run the command again to go on"
+            ) from error
+        by_name = {name: each.tolist() for name, each in sums.items()}
+        return {"bytes": path.stat().st_size, "sums": by_name}
+
+    def _read(self, piece: Piece, stored: StreamedCheckpoint) -> np.ndarray:
+        try:
+            return stored.read(self._name(piece.array), piece.place)
+        except StoreError as error:
+            raise CheckpointError(f"{error}; use another --step, or a copy of the run") from error
 
     def _compare(self, sums_of_files: Iterable[Mapping[str, list[int]]]) -> None:
         """Raises `CheckpointError` if an array is not what was saved."""
@@ -312,6 +339,7 @@ class _Export:
             "checkpoint": hashlib.sha256(meta).hexdigest(),
             "files": [file.name for file in self.files],
             "dtype": self.default_type,
+            "family": self.family.model_type,
         }
 
     def _name(self, array: str) -> str:
@@ -342,6 +370,19 @@ def _num_bytes(piece: Piece, dtype: Any) -> int:
     """Returns the size of a piece's tensors."""
     sizes = [int(np.prod(shape)) * dtype(name).itemsize for name, shape in piece.shapes().items()]
     return sum(sizes)
+
+
+def _as_type(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns a tensor in another type; raises `HfError` if that cannot hold its values."""
+    if tensor.dtype == dtype:
+        return tensor
+    with np.errstate(over="ignore"):
+        typed = tensor.astype(dtype)
+    if not np.isfinite(typed.astype(np.float32)).all():
+        raise HfError(
+            f"{name} has values beyond {dtype}; write it with --dtype=float32 or bfloat16"
+        )
+    return typed
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,33 @@ from typing import Any
 import numpy as np
 
 import moejax
-from moejax.config import to_dict
+from moejax.config import resolve_recorded, to_dict
 from moejax.data import Tokenizer
 from moejax.interop.hf.conversion.journal import Journal
-from moejax.interop.hf.conversion.texts import SOURCE_FOLDER, keep_texts, released_tokenizer
-from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.conversion.staging import (
+    check_target,
+    is_complete,
+    mark_complete,
+    move_all,
+    remove_staging,
+)
+from moejax.interop.hf.conversion.texts import TEXTS, keep_texts, released_tokenizer
+from moejax.interop.hf.errors import ConversionInterruptedError, HfError
 from moejax.interop.hf.files.quantized import Source
-from moejax.interop.hf.load import Checkpoint, empty_model, open_checkpoint
+from moejax.interop.hf.load import Checkpoint, abstract_model, open_checkpoint
 from moejax.interop.hf.pieces import PIECE_BYTES, Piece, filled_arrays, pieces_of
 from moejax.interop.hf.places import Arrays, named_arrays, shapes_of
 from moejax.locks import FolderLock
 from moejax.models.parameters import count_parameters
 from moejax.training.checkpoints.digests import digest_of, sums_of_region
-from moejax.training.checkpoints.meta import TOKENIZER_FILES, tokenizer_digests
-from moejax.training.checkpoints.streamed import Layout, StreamedCheckpoint, make_skeleton
-from moejax.training.run_directory.layout import CONVERTING, write_run_directory
-
-COMPLETE = "complete"
-"""A file there: everything is written, and is being moved to its place."""
+from moejax.training.checkpoints.meta import TOKENIZER_FILES, read_meta, tokenizer_digests
+from moejax.training.checkpoints.streamed import (
+    Layout,
+    StoreError,
+    StreamedCheckpoint,
+    make_skeleton,
+)
+from moejax.training.run_directory.layout import CONVERTING, RELEASED, write_run_directory
 
 BATCH_BYTES = 2**28
 """What is written before it is noted as done, in bytes of float32."""
@@ -64,48 +73,46 @@ def convert_to_run(folder: str | Path, workdir: Path, *, command: str = "") -> C
       LockedError: another process writes there.
     """
     checkpoint = open_checkpoint(folder)
-    _, params, others = empty_model(checkpoint.config)
-    sources = checkpoint.claim(named_arrays(params), named_arrays(others))
+    check_target(workdir, checkpoint.folder, "--workdir")
+    if not is_complete(workdir):
+        _, params, others = abstract_model(checkpoint.config)
+        parts = named_arrays(params), named_arrays(others)
+        sources = checkpoint.claim(*parts)
     config, tokenizer = released_tokenizer(checkpoint.config, checkpoint.folder)
     checkpoint = dataclasses.replace(checkpoint, config=config)
-    check_empty(workdir, "--workdir")
     with FolderLock(workdir, "convert"):
-        conversion = _Conversion(checkpoint, tokenizer, workdir, sources, _of_state(params, others))
-        try:
-            conversion.run()
-        except HfError:  # it would fail again
-            shutil.rmtree(workdir / CONVERTING)
-            raise
-        conversion.finish(command)
+        # Again, since the process that held the lock until now may have converted something.
+        check_target(workdir, checkpoint.folder, "--workdir")
+        if not is_complete(workdir):
+            _write(_Conversion(checkpoint, tokenizer, workdir, sources, parts))
+        _finish(workdir, command)
     return checkpoint
 
 
-def check_empty(folder: Path, name: str) -> None:
-    """Raises `HfError` if a folder holds more than an interrupted conversion.
-
-    Args:
-      folder: a path at which nothing needs to be.
-      name: the flag that gave it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise HfError(f"{name}={folder} is a file; name a new folder")
-    is_finishing = (folder / CONVERTING / COMPLETE).exists()
-    found = {path.name for path in folder.glob("*") if not path.name.startswith(".")}
-    others = sorted(found - {CONVERTING})
-    if others and not is_finishing:
-        raise HfError(f"{name}={folder} holds {others[0]}; name a new folder")
+def _write(conversion: "_Conversion") -> None:
+    """Writes everything; what cannot be converted leaves nothing."""
+    try:
+        conversion.run()
+    except ConversionInterruptedError:
+        raise
+    except HfError:  # it would fail again
+        shutil.rmtree(conversion.staging)
+        raise
 
 
-def move_all(staging: Path, folder: Path, names: Iterable[str]) -> None:
-    """Moves files and folders to their place, those that were not moved yet."""
-    for name in names:
-        if (staging / name).exists():
-            os.replace(staging / name, folder / name)
+def _finish(workdir: Path, command: str) -> None:
+    """Moves what was written to its place; `config.json`, which makes it a run, comes last."""
+    meta = read_meta(_first_existing(workdir / CONVERTING, workdir) / "checkpoints" / "0")
+    config = resolve_recorded(meta["config"])
+    tokenizer_files = [name for name in TOKENIZER_FILES if name in meta["tokenizer"]]
+    move_all(workdir, ("checkpoints", RELEASED, *tokenizer_files))
+    write_run_directory(workdir, config, count_parameters(config), None, command)
+    remove_staging(workdir)
 
 
-def _of_state(params: Any, others: Any) -> tuple[Arrays, Arrays]:
-    """Returns parameters and what else a model carries, by path."""
-    return named_arrays(params), named_arrays(others)
+def _first_existing(*folders: Path) -> Path:
+    """Returns the first folder that has checkpoints."""
+    return next(folder for folder in folders if (folder / "checkpoints").exists())
 
 
 class _Conversion:
@@ -141,59 +148,60 @@ class _Conversion:
         filled = filled_arrays(config, family, self.shapes)
         self.given = {name: array for name, array in others.items() if name not in filled}
         self.sums: dict[str, np.ndarray] = {}
+        self.progress = Progress(sum(_num_bytes(piece) for piece in self.pieces))
 
     def run(self) -> None:
         """Writes all pieces that are not written yet."""
         self.staging.mkdir(exist_ok=True)
-        journal = self._open_journal()
-        if (self.staging / COMPLETE).exists():
-            return
-        stored = StreamedCheckpoint(self.staging / "checkpoints" / "0")
-        for number, sums in journal.done.items():
-            self._add(self.pieces[number].array, np.array(sums, np.uint32))
-        total = sum(_num_bytes(piece) for piece in self.pieces)
-        progress = Progress(total)
+        journal = Journal(self.staging, self._identity())
+        stored = self._open(journal)
+        self.progress.add(sum(_num_bytes(self.pieces[number]) for number in journal.done))
         left = [number for number in range(len(self.pieces)) if number not in journal.done]
-        progress.add(total - sum(_num_bytes(self.pieces[number]) for number in left))
-
-        def convert(number: int) -> np.ndarray:
-            return self._convert(self.pieces[number], stored)
-
         with ThreadPoolExecutor(num_threads()) as pool:
             for batch in self._batches(left):
-                sums = list(pool.map(convert, batch))
+                sums = list(pool.map(lambda number: self._convert(number, stored), batch))
                 stored.sync()
-                journal.add((n, each.tolist()) for n, each in zip(batch, sums, strict=True))
-                for number, each in zip(batch, sums, strict=True):
-                    self._add(self.pieces[number].array, each)
-                progress.add(sum(_num_bytes(self.pieces[number]) for number in batch))
+                journal.add(zip(batch, sums, strict=True))
+                self.progress.add(sum(_num_bytes(self.pieces[number]) for number in batch))
         journal.close()
+        for number, sums_2 in journal.done.items():
+            self._add(self.pieces[number].array, np.array(sums_2, np.uint32))
         for name, array in self.given.items():
             stored.write(self._name(name), (), array)
             self._add(name, sums_of_region((), array.shape, array))
         self._write_meta(stored)
-        (self.staging / COMPLETE).touch()
+        mark_complete(self.workdir)
 
-    def finish(self, command: str) -> None:
-        """Moves what was written to its place; `config.json`, which makes it a run, comes last."""
-        move_all(self.staging, self.workdir, ("checkpoints", SOURCE_FOLDER, *TOKENIZER_FILES))
-        config = self.checkpoint.config
-        write_run_directory(self.workdir, config, count_parameters(config), None, command)
-        shutil.rmtree(self.staging)
-
-    def _open_journal(self) -> Journal:
-        """Returns the journal; begins again where it is of another conversion."""
-        journal = Journal(self.staging / "journal.jsonl", self._identity())
-        if not journal.done:
-            (self.staging / COMPLETE).unlink(missing_ok=True)
-            for name in ("checkpoints", SOURCE_FOLDER):
-                shutil.rmtree(self.staging / name, ignore_errors=True)
-            keep_texts(self.checkpoint, self.staging / SOURCE_FOLDER)
-            self.tokenizer.save(self.staging)
-            make_skeleton(self.staging / "checkpoints", 0, self._layouts())
-        else:
+    def _open(self, journal: Journal) -> StreamedCheckpoint:
+        """Returns the checkpoint with the pieces of the journal; a new one where they are lost."""
+        checkpoint = self.staging / "checkpoints" / "0"
+        if journal.done:
             log.info("going on after %d of %d pieces", len(journal.done), len(self.pieces))
-        return journal
+            stored = StreamedCheckpoint(checkpoint)
+            if self._has_all(journal, stored):
+                return stored
+            log.warning("%s is not what was written; the conversion begins again", checkpoint)
+            journal.done.clear()
+        for name in ("checkpoints", RELEASED):
+            shutil.rmtree(self.staging / name, ignore_errors=True)
+        for name in TOKENIZER_FILES:
+            (self.staging / name).unlink(missing_ok=True)
+        keep_texts(self.checkpoint, self.staging / RELEASED)
+        self.tokenizer.save(self.staging)
+        make_skeleton(self.staging / "checkpoints", 0, self._layouts())
+        return StreamedCheckpoint(checkpoint)
+
+    def _has_all(self, journal: Journal, stored: StreamedCheckpoint) -> bool:
+        """Whether the pieces that are noted as done can be read as they were written."""
+        for number, sums in journal.done.items():
+            piece = self.pieces[number]
+            try:
+                values = stored.read(self._name(piece.array), piece.place)
+            except StoreError:
+                return False
+            if sums_of_region(piece.place, self.shapes[piece.array], values).tolist() != sums:
+                return False
+        return True
 
     def _identity(self) -> dict[str, Any]:
         """Returns what tells one conversion from another."""
@@ -202,10 +210,14 @@ class _Conversion:
         for path in sorted(folder.glob("*.safetensors")):
             stat = path.stat()
             files[path.name] = [stat.st_size, stat.st_mtime_ns]
-        config = (folder / "config.json").read_bytes()
+        texts = {}
+        for name in TEXTS:
+            path = folder / name
+            if path.is_file():
+                texts[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return {
             "moejax": moejax.__version__,
-            "config": hashlib.sha256(config).hexdigest(),
+            "texts": texts,
             "files": files,
             "pieces": len(self.pieces),
         }
@@ -224,11 +236,17 @@ class _Conversion:
             layouts[self._name(name)] = Layout(array.shape, array.dtype, array.shape)
         return layouts
 
-    def _convert(self, piece: Piece, stored: StreamedCheckpoint) -> np.ndarray:
+    def _convert(self, number: int, stored: StreamedCheckpoint) -> list[int]:
         """Writes a piece; returns what it contributes to the digest of its array."""
+        piece = self.pieces[number]
         values = piece.to_ours(self.sources, self.dtypes[piece.array])
-        stored.write(self._name(piece.array), piece.place, values)
-        return sums_of_region(piece.place, self.shapes[piece.array], values)
+        try:
+            stored.write(self._name(piece.array), piece.place, values)
+        except StoreError as error:
+            raise ConversionInterruptedError(
+                f"{error}; make room, and run the command again to go on"
+            ) from error
+        return sums_of_region(piece.place, self.shapes[piece.array], values).tolist()
 
     def _write_meta(self, stored: StreamedCheckpoint) -> None:
         manifest = {}

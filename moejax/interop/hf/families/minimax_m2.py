@@ -52,6 +52,10 @@ FAMILY = Family(
         Fixed("use_routing_bias", True),
         Fixed("shared_intermediate_size", 0),
         Fixed("router_jitter_noise", 0.0),
+        Fixed("layernorm_full_attention_beta", 1.0),
+        Fixed("layernorm_mlp_beta", 1.0),
+        # Of layers that no model has, and of the modules that are left out.
+        Ignored("layernorm_linear_attention_beta", "mlp_intermediate_size", "shared_moe_mode"),
         Ignored("use_mtp", "num_mtp_modules", "mtp_transformer_layers"),
         Always("moe.router", "sigmoid_topk"),
         Always("moe.score", "sigmoid"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.errors import ConversionInterruptedError, HfError
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -66,7 +66,10 @@ class StoredTensor:
         try:
             data = np.fromfile(self.path, np.uint8, num_bytes, offset=offset)
         except OSError as error:
-            raise HfError(f"{self.name} of {self.path} cannot be read ({error})") from error
+            raise ConversionInterruptedError(
+                f"{self.name} of {self.path} cannot be read ({error}); look at the file system, "
+                "and run the command again"
+            ) from error
         if data.size != num_bytes:
             raise HfError(f"{self.path} ends within {self.name}; get it again")
         return data.view(self.dtype).reshape(shape)

@@ -6,7 +6,7 @@ blocks with scales (`quantized`) are one tensor here.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Weights:
       HfError: no such files, one that is damaged, or files that the index does not describe.
     """
 
-    def __init__(self, folder: Path, quantization: Mapping[str, Any] | None = None):
+    def __init__(self, folder: Path, quantization: Any = None):
         self._folder = folder
         self._sources: dict[str, Source] = join_quantized(self._read_names(), quantization)
         self._unused = set(self._sources)
@@ -104,12 +104,19 @@ class Weights:
             is_map = all(isinstance(name, str) for name in file_of.values())
         except PermissionError as error:
             raise HfError(_forbidden(path)) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise HfError(f"{path} is damaged ({_line(error)}); get it again") from error
         if not is_map:
             raise HfError(f"{path} is damaged (its weight_map must name files); get it again")
         for file_name in file_of.values():
-            if Path(file_name).name != file_name:
+            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
                 raise HfError(f"{path} names the file {file_name!r}, which is no file beside it")
         return file_of
 

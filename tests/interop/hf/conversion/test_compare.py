@@ -79,6 +79,12 @@ def test_arrays_that_correspond_to_nothing_are_listed():
     assert found.agrees
 
 
+def test_a_reference_without_anything_to_compare_is_refused():
+    ids = reference("mixtral")["input_ids"]
+    with pytest.raises(HfError, match=r"no array that is known here.*it has input_ids, logit"):
+        compare(*mixtral(), {"input_ids": ids, "logit": ids})
+
+
 def test_not_a_number_is_within_no_tolerance():
     arrays = {name: reference("mixtral")[name] for name in ("input_ids", "logits")}
     logits_BLV = arrays["logits"].copy()
@@ -92,6 +98,8 @@ def test_not_a_number_is_within_no_tolerance():
     [
         ({"input_ids": np.full((2, 5), 257)}, "input_ids of the reference must be rows of token"),
         ({"input_ids": np.zeros(5, np.int32)}, "input_ids of the reference must be rows of token"),
+        ({"input_ids": np.zeros((2, 5))}, "input_ids of the reference must be rows of token"),
+        ({"lpad.input_ids": np.full((1, 2), -1)}, r"lpad\.input_ids of the reference must be"),
         ({"final_hidden": np.zeros((2, 33, 9))}, r"final_hidden has the shape \(2, 33, 9\)"),
     ],
 )

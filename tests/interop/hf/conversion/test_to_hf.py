@@ -152,3 +152,49 @@ def test_the_family_is_the_one_asked_for_that_it_was_or_the_first_that_fits():
         choose_family(config, "mixtrale", {})
     with pytest.raises(HfError, match="does not fit the family olmoe"):
         choose_family(config, "olmoe", {})
+
+
+def test_a_file_that_was_lost_is_written_again(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(to_hf, "FILE_BYTES", 2**16)
+    out = tmp_path / "out"
+
+    def stop(*args):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(to_hf, "mark_complete", stop)
+        with pytest.raises(Stop):
+            convert_to_hf(run, out)
+    first, second, *_ = sorted((out / "converting").glob("*.safetensors"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:100])
+    convert_to_hf(run, out)
+    assert_same_tensors(out, load_file(FOLDER / "mixtral" / "model.safetensors"))
+
+
+def test_a_kill_at_the_end_is_finished_by_the_same_command(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def stop(*args):
+        raise Stop
+
+    for name in ("replace_file", "remove_staging"):
+        with monkeypatch.context() as patch:
+            patch.setattr(to_hf, name, stop)
+            with pytest.raises(Stop):
+                convert_to_hf(run, out)
+    convert_to_hf(run, out)
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_values_beyond_a_type_are_refused_by_name(run, tmp_path, monkeypatch):
+    read = StreamedCheckpoint.read
+
+    def read_large(self, name, place):
+        values = read(self, name, place)
+        return values * 1e6 if name == "params/final_norm/scale" else values
+
+    monkeypatch.setattr(StreamedCheckpoint, "read", read_large)
+    with pytest.raises(HfError, match=r"model\.norm\.weight has values beyond float16"):
+        convert_to_hf(run, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Released models as run directories: what is converted, and what an interruption leaves."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,13 +14,19 @@ from moejax.config import ConfigError
 from moejax.inference.load import load_run
 from moejax.interop.hf.conversion import to_run
 from moejax.interop.hf.conversion.to_run import convert_to_run
-from moejax.interop.hf.errors import HfError
-from moejax.interop.hf.load import load_model
+from moejax.interop.hf.errors import ConversionInterruptedError, HfError
+from moejax.interop.hf.files.stored import StoredTensor
+from moejax.interop.hf.load import abstract_model, load_model
+from moejax.interop.hf.load import read_config as read_released
 from moejax.interop.hf.places import named_arrays
 from moejax.sharding import make_mesh
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.checkpoints.streamed import StreamedCheckpoint
-from moejax.training.run_directory.layout import check_run_directory, read_config
+from moejax.training.run_directory.layout import (
+    check_not_converted,
+    check_run_directory,
+    read_config,
+)
 from moejax.training.state import make_train_setup, split_model
 
 
@@ -107,6 +114,9 @@ def test_an_interrupted_conversion_is_no_run_and_goes_on_where_it_stopped(
         everything = stop_after(patch, None)
         convert_to_run(folder, whole)
     assert len(everything) - len(first) <= len(second) < len(everything)
+    assert sorted(path.name for path in workdir.iterdir()) == sorted(
+        path.name for path in whole.iterdir()
+    )
     assert_is_model(workdir, folder)
 
 
@@ -143,6 +153,90 @@ def test_a_conversion_that_is_stopped_while_it_moves_files_is_finished(
         convert_to_run(folder, workdir)
     assert written == []
     assert_is_model(workdir, folder)
+
+
+def test_a_conversion_whose_parts_were_lost_begins_again(
+    folder, tmp_path, small_pieces, monkeypatch, caplog
+):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 60)
+        with pytest.raises(Stop):
+            convert_to_run(folder, workdir)
+    data = workdir / "converting" / "checkpoints" / "0" / "model" / "d"
+    for path in data.iterdir():
+        path.write_bytes(b"")
+    convert_to_run(folder, workdir)
+    assert "is not what was written; the conversion begins again" in caplog.text
+    assert_is_model(workdir, folder)
+
+
+def test_a_source_that_changes_at_the_end_does_not_matter(folder, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+
+    def stop(*args):
+        raise Stop
+
+    for name in ("write_run_directory", "remove_staging"):
+        with monkeypatch.context() as patch:
+            patch.setattr(to_run, name, stop)
+            with pytest.raises(Stop):
+                convert_to_run(folder, workdir)
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors")
+    convert_to_run(folder, workdir)
+    assert_is_model(workdir, folder)
+    with pytest.raises(HfError, match="holds checkpoints; name a new folder"):
+        convert_to_run(folder, workdir)
+
+
+def test_a_disk_that_fails_keeps_what_is_done(folder, tmp_path, small_pieces, monkeypatch):
+    workdir = tmp_path / "run"
+    read = StoredTensor.read_raw
+    calls = []
+
+    def fail(self, rows=None):
+        calls.append(self.name)
+        if len(calls) > 100:
+            raise ConversionInterruptedError("the disk is gone")
+        return read(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredTensor, "read_raw", fail)
+        with pytest.raises(HfError, match="the disk is gone"):
+            convert_to_run(folder, workdir)
+    assert (workdir / "converting" / "journal.jsonl").stat().st_size > 1000
+    convert_to_run(folder, workdir)
+    assert_is_model(workdir, folder)
+
+
+def test_a_large_model_takes_no_memory_before_it_is_read(monkeypatch):
+    config = read_released(FOLDER / "mixtral")[0]
+    model = dataclasses.replace(config.model, d_model=2**14, vocab_size=2**20)
+    config = dataclasses.replace(config, model=model)
+    _, params, _ = abstract_model(config)
+    assert named_arrays(params)["embedding"].shape == (2**20, 2**14)
+    assert all(isinstance(each, jax.ShapeDtypeStruct) for each in jax.tree.leaves(params))
+
+
+def test_weights_of_others_are_not_begun_again_at_random(folder, tmp_path):
+    workdir = tmp_path / "run"
+    convert_to_run(folder, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "0")
+    with pytest.raises(ConfigError, match="began with the weights of a released model"):
+        check_not_converted(workdir)
+
+
+def test_a_source_in_the_folder_that_is_removed_is_refused(folder, tmp_path):
+    inside = tmp_path / "run" / "converting"
+    inside.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(folder / name, inside / name)
+    with pytest.raises(HfError, match="is in its folder converting; move it elsewhere"):
+        convert_to_run(inside, tmp_path / "run")
+    with pytest.raises(HfError, match="holds converting; name a new folder"):
+        convert_to_run(folder, tmp_path / "run")
+    assert len(list(inside.iterdir())) == 2
 
 
 def test_training_does_not_begin_where_a_conversion_is_under_way(folder, tmp_path, monkeypatch):

@@ -155,6 +155,9 @@ def test_a_model_as_deepseek_v3_is_published_is_the_one_of_its_plain_weights(tmp
         ({"quant_method": "awq"}, "quant_method=awq, which is not read; mxfp4 and fp8 are"),
         ({"quant_method": "fp8"}, "needs weight_block_size"),
         (FP8 | {"weight_block_size": [8, 8]}, "for blocks of 8 x 8 it must be"),
+        (FP8 | {"weight_block_size": 16}, "needs weight_block_size"),
+        (FP8 | {"weight_block_size": [0, 8]}, "needs weight_block_size"),
+        ("fp8", "quantization_config='fp8' must be an object"),
         (None, "w_scale_inv"),
     ],
 )
@@ -169,3 +172,29 @@ def test_scales_that_do_not_fit_are_refused(quantization, words, tmp_path):
     save_raw(tmp_path / "model.safetensors", tensors)
     with pytest.raises(HfError, match=words.replace("(", r"\(")):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scales", "words"),
+    [
+        (np.uint8, np.float32, "w has the type U8; in fp8 it must be F8_E4M3"),
+        (np.float32, np.float32, "w has the type F32; in fp8 it must be F8_E4M3"),
+        (ml_dtypes.float8_e4m3fn, np.uint8, "w_scale_inv has the type U8; in fp8 it must be F32"),
+    ],
+)
+def test_blocks_of_other_types_are_refused(weight, scales, words, tmp_path):
+    tensors = {
+        "w": np.ones((16, 8)).astype(weight),
+        "w_scale_inv": np.ones((1, 1)).astype(scales),
+    }
+    save_raw(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(HfError, match=words):
+        Weights(tmp_path, FP8)
+
+
+def test_a_scale_that_is_no_number_is_refused(tmp_path):
+    blocks = np.ones((1, 2, 1, 16), np.uint8)
+    tensors = {"w_blocks": blocks, "w_scales": np.full((1, 2, 1), 255, np.uint8)}
+    save_raw(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(HfError, match="w_scales holds scales that are no number"):
+        Weights(tmp_path, MXFP4).claim("w").read()

@@ -138,7 +138,8 @@ KEYS: tuple[Entry, ...] = (
     Key("intermediate_size_mlp", "model.d_ff"),
     Fixed("router_jitter_noise", 0.0),
     # The reference has no auxiliary loss.
-    Ignored("router_aux_loss_coef", "for_llm_compressor"),
+    Ignored("router_aux_loss_coef"),
+    Ignored("for_llm_compressor", "cache_implementation", "_attn_implementation_autoset"),
     Always("moe.router", "sigmoid_topk"),
     Always("moe.score", "sigmoid"),
     Always("moe.renormalize", False),
