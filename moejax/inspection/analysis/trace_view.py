@@ -7,6 +7,7 @@ number. They are tints over whatever background there is, so that text reads in 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +73,18 @@ class Trace:
         margin_NT = least_NT - highest_other_NT
         has_expert_NT = is_chosen_NTE.any(axis=-1)
         return np.where(has_expert_NT, margin_NT, np.nan)
+
+    def of_layers(self, indices: Sequence[int]) -> "Trace":
+        """Returns the trace of some MoE layers, which are counted from 0."""
+        chosen = list(indices)
+        return dataclasses.replace(
+            self,
+            layers=tuple(self.layers[n] for n in chosen),
+            experts_NTK=self.experts_NTK[chosen],
+            weights_NTK=self.weights_NTK[chosen],
+            logits_NTE=self.logits_NTE[chosen],
+            probs_NTE=self.probs_NTE[chosen],
+        )
 
     def to_frame(self) -> "pd.DataFrame":
         """Returns a row per token, layer and choice.

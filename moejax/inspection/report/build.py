@@ -149,18 +149,14 @@ def _measure(
 def trace_passage(loaded: LoadedRun, corpus: Corpus) -> Trace:
     """Routes the first words of the first validation row; of deep models evenly spaced layers."""
     layers = drawn_layers(loaded.config.num_moe_layers)
-    length = min(PASSAGE_TOKENS, PASSAGE_CELLS // len(layers))
-    row = corpus.rows("validation")[0]
-    tokens = _first_tokens(row, length)
-    found = trace(loaded, tokens)
-    return dataclasses.replace(
-        found,
-        layers=tuple(found.layers[n] for n in layers),
-        experts_NTK=found.experts_NTK[layers],
-        weights_NTK=found.weights_NTK[layers],
-        logits_NTE=found.logits_NTE[layers],
-        probs_NTE=found.probs_NTE[layers],
-    )
+    tokens = passage_tokens(corpus, len(layers))
+    return trace(loaded, tokens).of_layers(layers)
+
+
+def passage_tokens(corpus: Corpus, num_layers: int) -> np.ndarray:
+    """Returns the first words of the first validation row, fewer where many layers are shown."""
+    length = min(PASSAGE_TOKENS, PASSAGE_CELLS // num_layers)
+    return _first_tokens(corpus.rows("validation")[0], length)
 
 
 def write_samples(loaded: LoadedRun, corpus: Corpus) -> list[Sample]:

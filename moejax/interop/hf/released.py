@@ -14,7 +14,7 @@ from moejax.interop.hf.load import load_model, read_config
 from moejax.moe.overrides import AS_TRAINED
 from moejax.paths import resolve_path
 from moejax.training.evaluation import Evaluation
-from moejax.training.run_directory.text import LONGEST_ROW, TextPlaces
+from moejax.training.run_directory.text import LONGEST_ROW, TextPlaces, said_text
 from moejax.training.state import split_model
 
 
@@ -64,14 +64,8 @@ def evaluate_released(
       DataError: there is no tokenizer, or no text.
     """
     loaded = load_released(folder)
-    places = places or TextPlaces()
-    data = dataclasses.replace(
-        loaded.config.data,
-        directory=places.directory or loaded.config.data.directory,
-        files=places.files,
-        source="files" if places.files else loaded.config.data.source,
-        seq_len=seq_len or loaded.config.data.seq_len,
-    )
+    data = said_text(loaded.config.data, places)
+    data = dataclasses.replace(data, seq_len=seq_len or data.seq_len)
     config = resolve_recorded(to_dict(dataclasses.replace(loaded.config, data=data)))
     setup = make_eval_setup(config, mesh)
     corpus = prepare(data, loaded.tokenizer)
