@@ -128,8 +128,13 @@ class Trace:
         return as_html(self)
 
 
-def as_text(trace: Trace) -> str:
-    """Returns a table of the first tokens and layers."""
+def as_text(trace: Trace, whole: str = "to_frame()") -> str:
+    """Returns a table of the first tokens and layers.
+
+    Args:
+      trace: what is shown.
+      whole: where a reader finds all of it.
+    """
     columns = _text_columns(trace)
     padded_columns = [_pad(column) for column in columns]
     lines = [_title(trace)]
@@ -143,7 +148,7 @@ def as_text(trace: Trace) -> str:
     if num_more_layers:
         more.append(f"{num_more_layers} more layers")
     if more:
-        lines.append(f"... {' and '.join(more)}; to_frame() has all")
+        lines.append(f"... {' and '.join(more)}; {whole} has all")
     return "\n".join(line.rstrip()[:WIDTH] for line in lines)
 
 

@@ -113,7 +113,8 @@ def said_text(data: DataConfig, places: TextPlaces | None) -> DataConfig:
             f"{data.source}; name files by --data.files="
         )
     source = "files" if "files" in given else data.source
-    return dataclasses.replace(data, source=source, **given)
+    known: dict[str, Any] = {"source": source, **given}
+    return dataclasses.replace(data, **known)
 
 
 def _with_places(data: DataConfig, known: dict[str, str]) -> DataConfig:
