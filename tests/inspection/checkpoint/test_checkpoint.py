@@ -18,7 +18,7 @@ from moejax.inspection.checkpoint.measure import (
     affordable_rows,
     inspect_checkpoint,
 )
-from moejax.inspection.checkpoint.page import render_inspection, summary_rows
+from moejax.inspection.checkpoint.page import note_of, render_inspection, summary_rows
 from moejax.inspection.counterfactuals.evaluate import counterfactuals
 from moejax.inspection.counterfactuals.plan import KINDS
 from moejax.interop.hf.load import read_config
@@ -147,6 +147,16 @@ def test_what_cannot_be_inspected_is_said_in_one_line(longcat):
         inspect_checkpoint(dense, PROMPTS)
 
 
+def test_attention_that_is_routed_is_said_not_to_be_shown():
+    for family, said in (
+        ("jetmoe", "Attention has experts, too, whose routing is"),
+        ("mixtral", ""),
+    ):
+        config, _ = read_config(FOLDER / family)
+        assert note_of(config).startswith(said)
+        assert bool(note_of(config)) == bool(said)
+
+
 def test_rows_by_default_are_fewer_the_larger_the_model():
     tiny, _ = read_config(FOLDER / "mixtral")
     assert affordable_rows(tiny, 1024) == MOST_TOKENS // 1024
@@ -181,8 +191,8 @@ def test_traces_and_outputs_of_experts_are_what_the_reference_computes(family):
         y_TD += identity_Te.sum(axis=1, keepdims=True) * inputs_TD
         rest_TD = expected[f"mlp_out.{layer}"].reshape(y_TD.shape) - y_TD
         # JetMoE adds a bias, the same for all tokens.
-        rest_TD -= rest_TD[0] if family == "jetmoe" else 0
-        np.testing.assert_allclose(rest_TD, 0, atol=2e-5, err_msg=str(layer))
+        rest_TD -= rest_TD.mean(axis=0) if family == "jetmoe" else 0
+        np.testing.assert_allclose(rest_TD, 0, atol=3e-5, err_msg=str(layer))
 
 
 class Letters(IdTokenizer):
@@ -223,7 +233,7 @@ def test_a_shortcut_block_is_evaluated_under_other_routing(tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["longcat_flash", "jetmoe", "deepseek_v3"])
 def test_models_of_every_structure_have_all_counterfactuals(family, tmp_path):
     loaded = with_letters(family, tmp_path)
     result = check_changes(loaded, KINDS)
