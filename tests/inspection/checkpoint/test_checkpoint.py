@@ -125,11 +125,14 @@ def test_a_page_of_prompts_says_so_and_counterfactuals_have_a_section(longcat, r
     assert "9 tokens of the prompts were routed" in page.text
     model, places = released
     wanted = inspect_checkpoint(model, ["a"], max_rows=2, places=places)
-    changed = counterfactuals(model, max_rows=2, kinds=("uniform",), places=places)
+    changed = counterfactuals(
+        model, max_rows=2, kinds=("capacity",), capacity_factors=(0.5,), places=places
+    )
+    assert changed.rows[1].dropped > 0.4
     shown = dataclasses.replace(wanted, counterfactuals=changed)
     page = Page(render_inspection(shown, model, "model"))
     assert page.ids[-1] == "counterfactuals"
-    assert "2 validation rows" in page.text and "all experts alike" in page.text
+    assert "2 validation rows" in page.text and "capacity factor 0.5" in page.text
 
 
 def test_what_cannot_be_inspected_is_said_in_one_line(longcat):
