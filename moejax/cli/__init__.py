@@ -28,6 +28,7 @@ VERBS = {
     "train": "train a configuration in a run directory, or continue it",
     "eval": "evaluate a run's checkpoint on the validation split",
     "generate": "continue prompts with a trained model",
+    "inspect": "show how a checkpoint or a released model routes text: load, traces, experts",
     "convert": "convert a released model to a run directory, or back; prove that it is the same",
     "report": "write a run's report.html, or compare several runs in one page",
     "view": "show runs in a browser while they train",

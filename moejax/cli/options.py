@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import re
 import sys
@@ -24,6 +25,8 @@ from moejax.training.run_directory.text import TextPlaces
 
 LONGEST_WAIT_S = 86400.0
 """A day, for processes that wait for each other at the start."""
+
+log = logging.getLogger("moejax")
 
 
 def define_config(values: FlagValues, arguments: list[str], default: str | None = None) -> None:
@@ -323,6 +326,20 @@ def read_text_places(values: FlagValues) -> TextPlaces:
     names = [field.name for field in dataclasses.fields(TextPlaces)]
     places = {name: values[f"data.{name}"].value or "" for name in names}
     return TextPlaces(**places)
+
+
+def read_prompts(values: FlagValues) -> list[str]:
+    """Returns the texts of `--prompt`, with bytes that are not UTF-8 replaced and logged."""
+    return [_as_text(prompt) for prompt in values.prompt or ()]
+
+
+def _as_text(prompt: str) -> str:
+    # Python keeps bytes of the command line that it could not decode.
+    if not any("\udc80" <= character <= "\udcff" for character in prompt):
+        return prompt
+    text = os.fsencode(prompt).decode("utf-8", errors="replace")
+    log.warning("--prompt has bytes that are not UTF-8, which are replaced: %s", text)
+    return text
 
 
 def define_json(values: FlagValues) -> None:

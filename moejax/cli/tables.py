@@ -11,6 +11,7 @@ from rich.text import Text
 
 from moejax.cli.printable import printable
 from moejax.config import Config
+from moejax.inspection.counterfactuals.result import Counterfactuals
 from moejax.models.parameters import ParameterCount
 from moejax.strict_json import to_json
 from moejax.training.evaluation import Evaluation
@@ -60,6 +61,39 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
         padding = 2 * len(rows[0])  # of which not all is measured
         console = Console(width=max(console.width, measured + padding))
     console.print(table)
+
+
+def print_counterfactuals(result: Counterfactuals) -> None:
+    """Prints the outcomes of all changes; of ablations the mean and the extremes of each layer."""
+    print_table(_rows(result), result.title())
+    if result.of_kind("ablate"):
+        print_table(
+            result.summary(),
+            "Without one expert: change of the loss over a layer's experts, and by which",
+        )
+    for what, reason in result.left_out.items():
+        Console().print(Text(f"left out: {what}: {reason}"))
+
+
+def _rows(result: Counterfactuals) -> list[dict[str, str]]:
+    """Returns all outcomes but those of ablations, in the width of a line."""
+    return [_columns(row) for row in result.table() if row["kind"] != "ablate"]
+
+
+def _columns(row: dict[str, str]) -> dict[str, str]:
+    what = row["what"]
+    if row["kind"] in ("swap", "merge"):
+        what = f"{row['kind']} {what}"
+    change = f"{row['change']} ± {row['standard error']}" if row["change"] else ""
+    return {
+        "what": what,
+        "layer": row["layer"],
+        "experts": row["experts"],
+        "change": change,
+        "loss": row["loss"],
+        "mass": row["gate mass"],
+        "dropped": row["dropped"],
+    }
 
 
 def summary_rows(

@@ -14,7 +14,7 @@ from moejax.paths import resolve_path
 from moejax.sharding import make_mesh
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.run_directory.layout import read_config
-from moejax.training.run_directory.text import TextPlaces, open_run_corpus
+from moejax.training.run_directory.text import TextPlaces, open_run_corpus, said_text
 from moejax.training.state import make_train_setup
 
 
@@ -40,9 +40,12 @@ class LoadedRun:
     workdir: Path | None = None
 
     def corpus(self, places: TextPlaces | None = None) -> Corpus:
-        """Returns the rows it was trained on; see `training.run_directory.text.open_run_corpus`."""
+        """Returns the rows it was trained on; see `training.run_directory.text.open_run_corpus`.
+
+        Those of a released model are any that `places` names, or the speeches.
+        """
         if self.workdir is None:
-            return prepare(self.config.data, self.tokenizer)
+            return prepare(said_text(self.config.data, places), self.tokenizer)
         return open_run_corpus(self.workdir, self.tokenizer, places)
 
 

@@ -2,12 +2,13 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from moejax.config import Config, ConfigError
 from moejax.inference.load import LoadedRun
@@ -16,6 +17,24 @@ from moejax.sharding import BATCH_AXES
 
 SHORTEST = 64
 """Positions of the shortest padded row."""
+
+
+class RoutedRows(NamedTuple):
+    """How rows were routed, on device; T = B * L.
+
+    Attributes:
+      experts_NTK: see `choices_by_token`.
+      weights_NTK: likewise.
+      entropy_N: sums over real tokens of the entropies of the router's distributions, nats.
+      logits_NTE: see `scores_by_token`; None unless they were asked for.
+      probs_NTE: likewise.
+    """
+
+    experts_NTK: Int[Array, "N T K"]
+    weights_NTK: Float[Array, "N T K"]
+    entropy_N: Float[Array, "N"]
+    logits_NTE: Any = None
+    probs_NTE: Any = None
 
 
 def padded_length(loaded: LoadedRun, length: int) -> int:
@@ -49,7 +68,7 @@ def route_rows(
     positions_BL: Int[np.ndarray, "B L"],
     *,
     with_scores: bool = False,
-) -> tuple[jax.Array, ...]:
+) -> RoutedRows:
     """Routes rows of tokens as evaluation does: nothing is drawn at random.
 
     Args:
@@ -59,9 +78,6 @@ def route_rows(
       segments_BL: number of the piece within its row, 0 at padding.
       positions_BL: positions within the piece.
       with_scores: return logits and probabilities too.
-
-    Returns:
-      `choices_by_token`, and with scores `scores_by_token`, on device; T = B * L.
 
     Raises:
       ConfigError: the model has no MoE layers.
@@ -86,17 +102,17 @@ def _route(
     tokens_BL: jax.Array,
     segments_BL: jax.Array,
     positions_BL: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Returns the choices of a batch, and the scores if they are asked for."""
+) -> RoutedRows:
+    """Returns the routing of a batch, with scores if they are asked for."""
     model = nnx.merge(graphdef, state)
     _, stats = model(tokens_BL, segments_BL, positions_BL, trace=True)
     routings = [group.routing for group in stats]
     num_choices = model.config.moe.num_choices
     choices = choices_by_token(routings, num_choices)
+    entropy_N = jnp.concatenate([group.entropy for group in stats])
     if not with_scores:
-        return choices
-    scores = scores_by_token(routings, num_choices)
-    return choices + scores
+        return RoutedRows(*choices, entropy_N)
+    return RoutedRows(*choices, entropy_N, *scores_by_token(routings, num_choices))
 
 
 def _depends_on_length(config: Config) -> bool:

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
+
+from cases.tokenizers import CORPUS, write_json_tokenizer
+from moejax.config import resolve
+from moejax.interop.hf.save import save_model
+from moejax.models import Decoder
 
 FOLDER = Path(__file__).parents[1] / "data" / "hf"
 FAMILIES = sorted(path.name for path in FOLDER.iterdir())
@@ -37,3 +43,32 @@ def reference(family):
     """Returns the arrays of the reference by name."""
     with np.load(FOLDER / family / "reference.npz") as arrays:
         return dict(arrays)
+
+
+def write_released(folder, **sections):
+    """Writes a small random model, as Mixtral's are stored, with a tokenizer of 320 ids."""
+    sections = {
+        "model": {
+            "num_layers": 2,
+            "d_model": 32,
+            "d_ff": 32,
+            "vocab_size": 320,
+            "tied_embeddings": False,
+            "embedding_multiplier": 1.0,
+        },
+        "moe": {"num_experts": 4, "top_k": 2, "d_expert": 16, "z_weight": 0.0},
+    } | sections
+    config = resolve(sections | {"data": {"tokenizer": "bytes", "seq_len": 64}})
+    save_model(Decoder(config, rngs=nnx.Rngs(params=0)), folder, "mixtral")
+    write_json_tokenizer(folder)
+    return folder
+
+
+def write_texts(folder, num_files=40):
+    """Writes text files of random words; returns the pattern of their paths."""
+    folder.mkdir()
+    words = " ".join(CORPUS).split()
+    rng = np.random.default_rng(0)
+    for number in range(num_files):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choice(words, 200)))
+    return f"{folder}/*.txt"

@@ -59,7 +59,7 @@ def environment(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "MOEJAX_STEPS": "12",
     }
-    for name in ("MOEJAX_RUN", "MOEJAX_RUNS"):
+    for name in ("MOEJAX_RUN", "MOEJAX_RUNS", "MOEJAX_HF", "MOEJAX_FILES"):
         env.pop(name, None)
     (cell,) = [cell for cell in nbformat.read(PATHS[0], as_version=4).cells if cell.id == "run"]
     # As the notebook trains a run where there is none.
@@ -73,7 +73,7 @@ def environment(tmp_path_factory):
 
 
 def test_there_are_notebooks():
-    assert len(PATHS) == 5
+    assert len(PATHS) == 6
 
 
 @pytest.mark.slow

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from absl import flags
 from absl.flags import FlagValues
-from rich.console import Console
-from rich.text import Text
 
 from moejax.cli.options import (
     define_json,
@@ -28,7 +26,7 @@ from moejax.cli.options import (
     read_workdir_to_write,
     refuse_several_processes,
 )
-from moejax.cli.tables import print_table
+from moejax.cli.tables import print_counterfactuals
 from moejax.inspection.counterfactuals.evaluate import counterfactuals
 from moejax.inspection.counterfactuals.plan import KINDS
 from moejax.inspection.counterfactuals.result import FILE_NAME, Counterfactuals, Outcome
@@ -69,35 +67,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
     if values.json:
         print(to_json(result.to_dict(), indent=1))
         return
-    print_table(_rows(result), result.title())
-    if result.of_kind("ablate"):
-        print_table(
-            result.summary(),
-            "Without one expert: change of the loss over a layer's experts, and by which",
-        )
-    for what, reason in result.left_out.items():
-        Console().print(Text(f"left out: {what}: {reason}"))
-
-
-def _rows(result: Counterfactuals) -> list[dict[str, str]]:
-    """Returns all outcomes but those of ablations, in the width of a line."""
-    return [_columns(row) for row in result.table() if row["kind"] != "ablate"]
-
-
-def _columns(row: dict[str, str]) -> dict[str, str]:
-    what = row["what"]
-    if row["kind"] in ("swap", "merge"):
-        what = f"{row['kind']} {what}"
-    change = f"{row['change']} ± {row['standard error']}" if row["change"] else ""
-    return {
-        "what": what,
-        "layer": row["layer"],
-        "experts": row["experts"],
-        "change": change,
-        "loss": row["loss"],
-        "mass": row["gate mass"],
-        "dropped": row["dropped"],
-    }
+    print_counterfactuals(result)
 
 
 def _write_csv(path: Path, result: Counterfactuals) -> None:

@@ -10,8 +10,6 @@ came without a tokenizer takes and gives token ids: --prompt="5 17 3".
 """
 
 import dataclasses
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +24,7 @@ from moejax.cli.options import (
     define_seed,
     define_workdir,
     read_hf,
+    read_prompts,
     read_workdir,
     refuse_several_processes,
 )
@@ -42,8 +41,6 @@ from moejax.training.run_directory.layout import RELEASED
 MAX_TOKENS = 200
 TEMPERATURE = 0.7
 TOP_P = 0.9
-
-log = logging.getLogger("moejax")
 
 
 def define(values: FlagValues, arguments: list[str]) -> None:
@@ -97,7 +94,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
     """Prints prompts and their continuations."""
     refuse_several_processes("generate")
     keep_compilation_cache()
-    texts = [_as_text(prompt) for prompt in values.prompt or [""]]
+    texts = read_prompts(values) or [""]
     loaded, released = _load(values)
     prompts: list[Prompt] = list(texts)
     if values.chat:
@@ -168,20 +165,6 @@ def _sampling(
 def _first_given(*values: Any) -> Any:
     """Returns the first value that is not None; None if all are."""
     return next((value for value in values if value is not None), None)
-
-
-def _as_text(prompt: str) -> str:
-    """Returns a prompt, with bytes that are not UTF-8 replaced and logged."""
-    if not _has_bytes(prompt):
-        return prompt
-    text = os.fsencode(prompt).decode("utf-8", errors="replace")
-    log.warning("--prompt has bytes that are not UTF-8, which are replaced: %s", text)
-    return text
-
-
-def _has_bytes(text: str) -> bool:
-    """Whether Python has kept bytes of the command line that it could not decode."""
-    return any("\udc80" <= character <= "\udcff" for character in text)
 
 
 def _default_length(loaded: LoadedRun, prompts: Sequence[Prompt]) -> int:

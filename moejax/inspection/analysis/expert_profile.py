@@ -14,6 +14,9 @@ from jaxtyping import Float, Float64, Int, Int64
 from moejax.inspection.analysis.specialisation import count_tokens_by_expert
 from moejax.seeds import check_seed
 
+MIN_EXPECTED = 5.0  # tokens of a pair of experts, below which a ratio is noise
+ITERATIONS = 300  # of proportional fitting
+
 
 class ProfileError(ValueError):
     """Arrays that a measure of experts cannot be computed from."""
@@ -223,3 +226,47 @@ def coactivation_shares(coactivation_NEE: Int[np.ndarray, "N E E"]) -> Float64[n
     tokens_NE = np.diagonal(coactivation_NEE, axis1=1, axis2=2)
     tokens_NEE = np.broadcast_to(tokens_NE[:, :, None], coactivation_NEE.shape)
     return _divide(coactivation_NEE, tokens_NEE)
+
+
+def expected_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
+    """Returns how many tokens would visit both experts of a pair by the experts' loads alone.
+
+    Quasi-independence: m_ij = a_i a_j for i != j, with the row sums of the counts; found by
+    iterative proportional fitting (Bishop, Fienberg and Holland 1975, Discrete Multivariate
+    Analysis, chapter 5). The plain product of loads would not do, for no token visits an
+    expert twice.
+
+    Args:
+      coactivation_EE: symmetric; the diagonal is not used.
+
+    Returns:
+      The expected counts, NaN on the diagonal.
+    """
+    counts_EE = coactivation_EE.astype(np.float64)
+    np.fill_diagonal(counts_EE, 0.0)
+    pairs_E = counts_EE.sum(axis=1)
+    total = max(pairs_E.sum(), 1.0)
+    factors_E = np.sqrt(pairs_E / np.sqrt(total))
+    for _ in range(ITERATIONS):
+        others_E = factors_E.sum() - factors_E
+        zeros_E = np.zeros_like(pairs_E)
+        wanted_E = np.divide(pairs_E, others_E, out=zeros_E, where=others_E > 0)
+        factors_E = np.sqrt(factors_E * wanted_E)  # half a step for both ends of a pair
+    factors_E1 = factors_E[:, None]
+    factors_1E = factors_E[None, :]
+    expected_EE = factors_E1 * factors_1E
+    np.fill_diagonal(expected_EE, np.nan)
+    return expected_EE
+
+
+def coactivation_ratio(coactivation_EE: Int[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
+    """Returns counts over those expected from loads alone.
+
+    NaN on the diagonal and where too few are expected for a ratio to mean anything.
+    """
+    expected_EE = expected_coactivation(coactivation_EE)
+    known_EE = np.nan_to_num(expected_EE)
+    is_enough_EE = known_EE >= MIN_EXPECTED
+    ratio_EE = np.full(expected_EE.shape, np.nan)
+    np.divide(coactivation_EE, expected_EE, out=ratio_EE, where=is_enough_EE)
+    return ratio_EE

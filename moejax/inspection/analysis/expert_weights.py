@@ -12,6 +12,7 @@ from moejax.inspection.analysis.expert_profile import ProfileError
 from moejax.kernels.matmul import dense
 from moejax.models.blocks import Block, Context
 from moejax.models.decoder import Decoder
+from moejax.models.shortcut_block import ShortcutBlock
 from moejax.moe.experts.experts import apply_experts
 from moejax.moe.layer import MoE
 from moejax.moe.token_info import TokenInfo
@@ -108,7 +109,9 @@ def expert_outputs(
     return np.stack(_not_empty(outputs))
 
 
-def _run(block: Block, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
+def _run(
+    block: Block | ShortcutBlock, x_BLD: jax.Array, context: Context
+) -> tuple[jax.Array, jax.Array | None]:
     """Runs one layer.
 
     Returns:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float32, Float64, Int, Int32
 
 from moejax.data.packing import FEATURES
 from moejax.inspection.analysis.trace_view import Trace
@@ -22,6 +22,7 @@ from moejax.seeds import check_seed
 if TYPE_CHECKING:  # imported where they are needed
     from moejax.data import Corpus
     from moejax.inference.load import LoadedRun
+    from moejax.inference.route import RoutedRows
 
 TOKENS_AT_ONCE = 8192  # of a corpus, on the device
 PER_TOKEN = ("tokens", "rows", "positions", "documents")
@@ -44,6 +45,7 @@ class RoutedTokens:
       experts_NTK: the experts of each token, the best first, int32; `num_experts` where there is no
         (further) expert.
       weights_NTK: their combine weights, float32; 0 where there is no expert.
+      entropy_N: mean entropy of the router's distribution over experts, nats.
       num_experts: width of the router, E.
       layers: model layer of each MoE layer.
     """
@@ -54,6 +56,7 @@ class RoutedTokens:
     documents_T: Int32[np.ndarray, "T"]
     experts_NTK: Int32[np.ndarray, "N T K"]
     weights_NTK: Float32[np.ndarray, "N T K"]
+    entropy_N: Float64[np.ndarray, "N"]
     num_experts: int
     layers: tuple[int, ...]
 
@@ -75,8 +78,8 @@ def trace(model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray) 
 
     Args:
       model: from `Run.load` or `load_run`.
-      text_or_tokens: a text, before which the begin-of-document token is put, as in training; or
-        token ids as they are.
+      text_or_tokens: a text, before which the begin-of-document token is put if the model was
+        trained so (`inference.generate.prompt_ids`); or token ids as they are.
 
     Raises:
       TraceError: no tokens, or ids outside the vocabulary.
@@ -95,17 +98,15 @@ def trace(model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray) 
     positions_BL = np.zeros(shape, np.int32)
     positions_BL[:] = np.arange(padded)
     routed = route_rows(model, tokens_BL, segments_BL, positions_BL, with_scores=True)
-    # Rows are flattened, so the first tokens are those of the text.
-    of_text = [np.asarray(array)[:, :length] for array in routed]
-    experts_NTK, weights_NTK, logits_NTE, probs_NTE = of_text
     return Trace(
         tokens_T=tokens_T,
         pieces=tuple(model.tokenizer.piece(int(token)) for token in tokens_T),
         layers=model.config.moe_layers,
-        experts_NTK=experts_NTK,
-        weights_NTK=weights_NTK,
-        logits_NTE=logits_NTE,
-        probs_NTE=probs_NTE,
+        # Rows are flattened, so the first tokens are those of the text.
+        experts_NTK=np.asarray(routed.experts_NTK)[:, :length],
+        weights_NTK=np.asarray(routed.weights_NTK)[:, :length],
+        logits_NTE=np.asarray(routed.logits_NTE)[:, :length],
+        probs_NTE=np.asarray(routed.probs_NTE)[:, :length],
         num_experts=model.config.moe.num_choices,
     )
 
@@ -140,14 +141,18 @@ def route_corpus(
     wanted = max(1, TOKENS_AT_ONCE // corpus.seq_len)
     at_once = rows_at_once(model, min(len(chosen), wanted))
     parts = []
+    entropy_N = np.zeros(model.config.num_moe_layers)
     for first in range(0, len(chosen), at_once):
         indices = chosen[first : first + at_once]
         stored_rows = [stored[int(index)] for index in indices]
         rows = _stack(stored_rows, at_once, corpus.seq_len)
         routed = route_rows(model, rows["tokens"], rows["segments"], rows["positions"])
         parts.append(_real_tokens(rows, indices, routed))
+        entropy_N += np.asarray(routed.entropy_N)
+    found = _concatenate(parts)
     return RoutedTokens(
-        **_concatenate(parts),
+        **found,
+        entropy_N=entropy_N / len(found["tokens_T"]),
         num_experts=model.config.moe.num_choices,
         layers=model.config.moe_layers,
     )
@@ -156,14 +161,14 @@ def route_corpus(
 def _real_tokens(
     rows: Mapping[str, np.ndarray],
     indices: np.ndarray,
-    routed: Sequence[Any],
+    routed: "RoutedRows",
 ) -> dict[str, np.ndarray]:
     """Returns what `RoutedTokens` holds of some rows, without padding.
 
     Args:
       rows: inputs of the model; rows of padding follow after the real ones.
       indices: of the real rows in the split.
-      routed: experts and weights, `[N, T, K]`, from `route_rows`.
+      routed: from `route_rows`.
     """
     shape = rows["tokens"].shape
     segments_T = rows["segments"].reshape(-1)
@@ -177,9 +182,9 @@ def _real_tokens(
         values_T = values_BL.reshape(-1)
         values_t = values_T[is_token_T]
         found[name] = values_t.astype(np.int32)
-    for name, values_NTK in zip(PER_CHOICE, routed, strict=True):
-        on_host_NTK = np.asarray(values_NTK)
-        found[name] = on_host_NTK[:, is_token_T]
+    for name in PER_CHOICE:
+        values_NTK = np.asarray(getattr(routed, f"{name}_NTK"))
+        found[name] = values_NTK[:, is_token_T]
     return found
 
 
@@ -235,9 +240,10 @@ def _as_tokens(
     text_or_tokens: str | Sequence[int] | np.ndarray,
 ) -> Int32[np.ndarray, "T"]:
     """Returns the token ids of a text, or those that were given, checked."""
+    from moejax.inference.generate import prompt_ids
+
     if isinstance(text_or_tokens, str):
-        tokenizer = model.tokenizer
-        ids = [tokenizer.bos_id, *tokenizer.encode(text_or_tokens)]
+        ids = prompt_ids(model.tokenizer, text_or_tokens)
         return np.array(ids, np.int32)
     tokens = np.asarray(text_or_tokens)
     is_integer = np.issubdtype(tokens.dtype, np.integer)

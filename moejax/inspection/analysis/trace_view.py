@@ -7,6 +7,7 @@ number. They are tints over whatever background there is, so that text reads in 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,6 +74,18 @@ class Trace:
         has_expert_NT = is_chosen_NTE.any(axis=-1)
         return np.where(has_expert_NT, margin_NT, np.nan)
 
+    def of_layers(self, indices: Sequence[int]) -> "Trace":
+        """Returns the trace of some MoE layers, which are counted from 0."""
+        chosen = list(indices)
+        return dataclasses.replace(
+            self,
+            layers=tuple(self.layers[n] for n in chosen),
+            experts_NTK=self.experts_NTK[chosen],
+            weights_NTK=self.weights_NTK[chosen],
+            logits_NTE=self.logits_NTE[chosen],
+            probs_NTE=self.probs_NTE[chosen],
+        )
+
     def to_frame(self) -> "pd.DataFrame":
         """Returns a row per token, layer and choice.
 
@@ -115,8 +128,13 @@ class Trace:
         return as_html(self)
 
 
-def as_text(trace: Trace) -> str:
-    """Returns a table of the first tokens and layers."""
+def as_text(trace: Trace, whole: str = "to_frame()") -> str:
+    """Returns a table of the first tokens and layers.
+
+    Args:
+      trace: what is shown.
+      whole: where a reader finds all of it.
+    """
     columns = _text_columns(trace)
     padded_columns = [_pad(column) for column in columns]
     lines = [_title(trace)]
@@ -130,7 +148,7 @@ def as_text(trace: Trace) -> str:
     if num_more_layers:
         more.append(f"{num_more_layers} more layers")
     if more:
-        lines.append(f"... {' and '.join(more)}; to_frame() has all")
+        lines.append(f"... {' and '.join(more)}; {whole} has all")
     return "\n".join(line.rstrip()[:WIDTH] for line in lines)
 
 

@@ -142,7 +142,8 @@ def _load(run: LoadedRun | str | Path, step: int | None) -> LoadedRun:
 def read_rows(corpus: Corpus, max_rows: int | None, batch_size: int, seed: int = 0) -> list[Batch]:
     """Reads validation rows, spread over the split, in batches of one shape.
 
-    The last batch is filled up with padding.
+    Fewer rows than a batch has are a smaller one. Of several batches, the last one is filled up
+    with padding.
 
     Raises:
       CounterfactualError: there are not that many.
@@ -154,6 +155,7 @@ def read_rows(corpus: Corpus, max_rows: int | None, batch_size: int, seed: int =
             "leave the number out for all of them"
         )
     chosen_R = spread_rows(len(rows), max_rows, seed)
+    batch_size = min(batch_size, len(chosen_R))
     batches = []
     for start in range(0, len(chosen_R), batch_size):
         read = [rows[int(index)] for index in chosen_R[start : start + batch_size]]

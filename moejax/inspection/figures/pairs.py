@@ -12,6 +12,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
+from moejax.inspection.analysis.expert_profile import coactivation_ratio
 from moejax.inspection.figures.style import (
     BLUE,
     GREEN,
@@ -28,61 +29,15 @@ from moejax.inspection.figures.style import (
 )
 
 MAX_EXPERTS = 64  # of a heat map: those with the strongest pairs
-MIN_EXPECTED = 5.0  # tokens, below which a ratio is noise
 MAX_FLOWS = 40  # between two layers
 MAX_BLOCKS = 64  # with gaps between them; of more experts, a column is one block
 MIN_Z = 3.0  # standard deviations above independence
 FLOW_COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8c6d1f", GREY)
 GAP = 0.25  # all gaps of a column together; the blocks have a height of 1
 NODE = 0.05  # half a column's width
-ITERATIONS = 300
 RECTANGLE = [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY]
 CURVE = [Outline.CURVE4] * 3
 BAND = [Outline.MOVETO, *CURVE, Outline.LINETO, *CURVE, Outline.CLOSEPOLY]
-
-
-def expected_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
-    """Returns how many tokens would visit both experts of a pair by the experts' loads alone.
-
-    Quasi-independence: m_ij = a_i a_j for i != j, with the row sums of the counts; found by
-    iterative proportional fitting (Bishop, Fienberg and Holland 1975, Discrete Multivariate
-    Analysis, chapter 5). The plain product of loads would not do, for no token visits an
-    expert twice.
-
-    Args:
-      coactivation_EE: symmetric; the diagonal is not used.
-
-    Returns:
-      The expected counts, NaN on the diagonal.
-    """
-    counts_EE = coactivation_EE.astype(np.float64)
-    np.fill_diagonal(counts_EE, 0.0)
-    pairs_E = counts_EE.sum(axis=1)
-    total = max(pairs_E.sum(), 1.0)
-    factors_E = np.sqrt(pairs_E / np.sqrt(total))
-    for _ in range(ITERATIONS):
-        others_E = factors_E.sum() - factors_E
-        zeros_E = np.zeros_like(pairs_E)
-        wanted_E = np.divide(pairs_E, others_E, out=zeros_E, where=others_E > 0)
-        factors_E = np.sqrt(factors_E * wanted_E)  # half a step for both ends of a pair
-    factors_E1 = factors_E[:, None]
-    factors_1E = factors_E[None, :]
-    expected_EE = factors_E1 * factors_1E
-    np.fill_diagonal(expected_EE, np.nan)
-    return expected_EE
-
-
-def coactivation_ratio(coactivation_EE: Int[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
-    """Returns counts over those expected from loads alone.
-
-    NaN on the diagonal and where too few are expected for a ratio to mean anything.
-    """
-    expected_EE = expected_coactivation(coactivation_EE)
-    known_EE = np.nan_to_num(expected_EE)
-    is_enough_EE = known_EE >= MIN_EXPECTED
-    ratio_EE = np.full(expected_EE.shape, np.nan)
-    np.divide(coactivation_EE, expected_EE, out=ratio_EE, where=is_enough_EE)
-    return ratio_EE
 
 
 def draw_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Drawing:

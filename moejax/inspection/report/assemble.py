@@ -48,7 +48,9 @@ def render_report(
         sections.append(("routing", "Routing", html.paragraph(note)))
     else:
         sections += _routing_sections(run)
-        tokens = experts.tokens(run, token_counts_nEV, piece)
+        tokens = experts.tokens(
+            token_counts_nEV, piece, layers=_layers(run), top_k=_experts_per_token(run)
+        )
         sections.append(("tokens", "What each expert takes", tokens))
         sections += _expert_sections(run, findings)
     sections += [
@@ -97,6 +99,17 @@ def _expert_sections(run: Run, findings: ReportData) -> list[Section]:
         ("counterfactuals", "Counterfactuals", changed),
     ]
     return sections
+
+
+def _layers(run: Run) -> list[int] | None:
+    """Returns the model layer of each MoE layer; None before any routing is logged."""
+    return None if run.routing is None else run.routing.layers.tolist()
+
+
+def _experts_per_token(run: Run) -> int | None:
+    """Returns K, as far as the run's record says a number."""
+    top_k = run.config.get("moe", {}).get("top_k")
+    return top_k if type(top_k) is int else None
 
 
 def write_report(workdir: str | Path, document: str) -> Path:

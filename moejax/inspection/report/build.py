@@ -22,8 +22,10 @@ from moejax.inspection.report.assemble import render_report, write_report
 from moejax.inspection.report.experts import ReportData
 from moejax.inspection.report.page import drawn_layers
 from moejax.inspection.report.training import Sample
-from moejax.inspection.runs.run import open_run
+from moejax.inspection.runs.errors import RunError
+from moejax.inspection.runs.run import Run, open_run
 from moejax.training.evaluation import domains_of
+from moejax.training.run_directory.reader import RunDirectory
 from moejax.training.run_directory.text import TextPlaces
 
 TRACED_TOKENS = 65_536
@@ -45,8 +47,12 @@ def build_report(workdir: str | Path, places: TextPlaces | None = None) -> Path:
 
     Returns:
       The page's path.
+
+    Raises:
+      RunError: nothing was trained there.
     """
     record = open_run(workdir)
+    _check_trained(record)
     loaded = load_run(workdir)
     corpus = loaded.corpus(places)
     token_counts_nEV, findings = None, ReportData()
@@ -65,6 +71,17 @@ def build_report(workdir: str | Path, places: TextPlaces | None = None) -> Path:
         findings=findings,
     )
     return write_report(record.workdir, document)
+
+
+def _check_trained(record: Run) -> None:
+    """Raises `RunError` if there are no metrics to report, before the model is loaded."""
+    files = RunDirectory(record.workdir)
+    if not files.metrics.exists() and files.read_facts().get("corpus", "") is None:
+        raise RunError(
+            f"{record.workdir} holds converted weights that have trained nothing, so there is "
+            "nothing to report; moejax inspect --workdir= shows what they do"
+        )
+    _ = record.keys  # reads the metrics
 
 
 def count_routed_tokens(routed: RoutedTokens, vocab_size: int) -> np.ndarray:
@@ -149,18 +166,14 @@ def _measure(
 def trace_passage(loaded: LoadedRun, corpus: Corpus) -> Trace:
     """Routes the first words of the first validation row; of deep models evenly spaced layers."""
     layers = drawn_layers(loaded.config.num_moe_layers)
-    length = min(PASSAGE_TOKENS, PASSAGE_CELLS // len(layers))
-    row = corpus.rows("validation")[0]
-    tokens = _first_tokens(row, length)
-    found = trace(loaded, tokens)
-    return dataclasses.replace(
-        found,
-        layers=tuple(found.layers[n] for n in layers),
-        experts_NTK=found.experts_NTK[layers],
-        weights_NTK=found.weights_NTK[layers],
-        logits_NTE=found.logits_NTE[layers],
-        probs_NTE=found.probs_NTE[layers],
-    )
+    tokens = passage_tokens(corpus, len(layers))
+    return trace(loaded, tokens).of_layers(layers)
+
+
+def passage_tokens(corpus: Corpus, num_layers: int) -> np.ndarray:
+    """Returns the first words of the first validation row, fewer where many layers are shown."""
+    length = min(PASSAGE_TOKENS, PASSAGE_CELLS // num_layers)
+    return _first_tokens(corpus.rows("validation")[0], length)
 
 
 def write_samples(loaded: LoadedRun, corpus: Corpus) -> list[Sample]:

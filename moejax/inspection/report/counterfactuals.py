@@ -21,7 +21,11 @@ def changed_routing(run: Run) -> Markup:
     if not (run.workdir / FILE_NAME).exists():
         command = html.command("moejax counterfactuals --workdir=...")
         return html.render("report/no_counterfactuals", command=command)
-    result = Counterfactuals.load(run.workdir / FILE_NAME)
+    return outcomes(Counterfactuals.load(run.workdir / FILE_NAME))
+
+
+def outcomes(result: Counterfactuals) -> Markup:
+    """Returns the figures of a result, and its tables."""
     rows = [row for row in result.table() if row["kind"] != "ablate"]
     tables = details("All but ablations, as a table", _as_table(rows))
     ablations = result.summary()

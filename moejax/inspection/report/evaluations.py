@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from moejax.inspection import html
-from moejax.inspection.analysis.expert_profile import coactivation_shares
+from moejax.inspection.analysis.expert_profile import coactivation_ratio, coactivation_shares
 from moejax.inspection.analysis.saturation import router_saturation
 from moejax.inspection.analysis.token_flow import TokenFlow, token_flow
 from moejax.inspection.figures import pairs as pair_figures
@@ -29,11 +30,20 @@ def coactivation(run: Run) -> Markup:
     if not run.evaluations.steps:
         return html.paragraph(NOT_EVALUATED)
     pairs_NEE = run.evaluations.read()["coactivation"]
+    return coactivation_of(pairs_NEE, _layers(run, len(pairs_NEE)))
+
+
+def coactivation_of(pairs_NEE: Int[np.ndarray, "N E E"], layers: Sequence[int]) -> Markup:
+    """Returns which experts the same tokens visit.
+
+    Args:
+      pairs_NEE: tokens that visit both experts of a pair, from `moe.by_token.coactivation`.
+      layers: model layer of each MoE layer.
+    """
     num_layers, num_experts, _ = pairs_NEE.shape
     is_pair_EE = ~np.eye(num_experts, dtype=bool)
     if not (pairs_NEE * is_pair_EE).any():
         return html.paragraph("No token visits two experts of a layer.")
-    layers = _layers(run, num_layers)
     most = MAX_ALL_PAIRS if num_layers <= MAX_ALL_PAIRS else MAX_PAIR_LAYERS
     drawn = []
     for n in drawn_layers(num_layers, most):
@@ -52,7 +62,7 @@ def coactivation(run: Run) -> Markup:
 
 def _strongest_pair(pairs_EE: np.ndarray) -> str:
     """Names the pair of experts that goes together most, relative to chance."""
-    ratio_EE = pair_figures.coactivation_ratio(pairs_EE)
+    ratio_EE = coactivation_ratio(pairs_EE)
     ratio_EE = np.nan_to_num(ratio_EE)
     if not ratio_EE.any():
         return "All pairs are too rare to tell."

@@ -18,7 +18,6 @@ from moejax.inspection.figures import run as figures
 from moejax.inspection.figures import specialisation as specialisation_figures
 from moejax.inspection.html import Markup
 from moejax.inspection.report.page import details, drawn_layers, figure, grid, left_out, table
-from moejax.inspection.runs.run import Run
 
 NO_EXPERT = "No token was sent to an expert: soft routing gives each a mixture of all tokens."
 MAX_TOKENS = 9_000  # listed in all, fewer for each expert where there are many experts
@@ -44,6 +43,7 @@ class ReportData:
       information: of each attribute, in `layers`.
       layers: model layers of that and of `domains`.
       num_tokens: that were routed.
+      text: what they are of.
       domains: of the labels of documents.
       domain_names: of those.
       trace: of one passage.
@@ -52,27 +52,34 @@ class ReportData:
     information: Sequence[Information] = ()
     layers: Sequence[int] = ()
     num_tokens: int = 0
+    text: str = "validation text"
     domains: DomainSpecialisation | None = None
     domain_names: Sequence[str] = ()
     trace: Trace | None = None
 
 
 def tokens(
-    run: Run, token_counts_nEV: Int[np.ndarray, "n E V"] | None, piece: Callable[[int], str]
+    token_counts_nEV: Int[np.ndarray, "n E V"] | None,
+    piece: Callable[[int], str],
+    *,
+    layers: Sequence[int] | None,
+    top_k: int | None,
 ) -> Markup:
     """Returns the tokens that each expert gets more often than chance would give it.
 
     Args:
-      run: the record of a run.
       token_counts_nEV: how often each expert of the `drawn_layers` got each token.
       piece: token id to text.
+      layers: model layer of each MoE layer; None if that is not known.
+      top_k: experts of a token; None if that is not known.
     """
     if token_counts_nEV is None or not token_counts_nEV.size:
         return html.paragraph("Not counted for this report.")
     if not token_counts_nEV.any():
         return html.paragraph(NO_EXPERT)
     num_drawn, E, _ = token_counts_nEV.shape
-    layers = list(range(num_drawn)) if run.routing is None else run.routing.layers.tolist()
+    if layers is None:
+        layers = range(num_drawn)
     drawn_n = [layers[n] for n in drawn_layers(len(layers))]
     num_listed = np.clip(MAX_TOKENS // (num_drawn * E), 1, MAX_TOKENS_OF_EXPERT)
     counts_nE = token_counts_nEV.sum(axis=2)
@@ -85,17 +92,15 @@ def tokens(
         parts.append(details(f"Layer {layer}", listed, is_open=is_first))
     return html.render(
         "report/tokens",
-        at_most=_at_most(run),
+        at_most=_at_most(top_k),
         left_out=left_out(len(layers)),
         layers=html.join(parts),
     )
 
 
-def _at_most(run: Run) -> str:
+def _at_most(top_k: int | None) -> str:
     """Returns the largest share of a token's visits that an expert can have."""
-    moe = run.config.get("moe", {})
-    top_k = moe.get("top_k")
-    if type(top_k) is not int or top_k <= 1:
+    if top_k is None or top_k <= 1:
         return ""
     share = 1 / top_k
     return f" (at most {share:.0%}, since a token has {top_k} experts)"
@@ -151,6 +156,7 @@ def attributes(findings: ReportData) -> Markup:
     return html.render(
         "report/attributes",
         num_tokens=f"{findings.num_tokens:,}",
+        text=findings.text,
         strongest=specialisation_figures.information_name(strongest),
         share=f"{strongest.share_N.mean():.0%}",
         figures=grid([means, by_layer]),

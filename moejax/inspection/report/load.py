@@ -1,9 +1,10 @@
 """Sections of a run's report: how assignments spread over experts, over time and at the end."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from moejax.inspection import html
 from moejax.inspection.figures import run as figures
@@ -60,18 +61,28 @@ def final_load(run: Run) -> Markup:
     if routing is None or not routing.steps.size:
         return html.paragraph(NOT_LOGGED)
     counts_NE, since = final_counts(routing)
-    drawn = []
-    for n in drawn_layers(len(counts_NE)):
-        image = figures.draw_final_load(counts_NE[n])
-        drawn.append(figure(f"Layer {routing.layers[n]}", _extremes(counts_NE, n), image))
     return html.render(
         "report/final_load",
         first_step=f"{since + 1:,}",
         last_step=f"{routing.steps[-1]:,}",
         verdict=_dead_in_words(routing.layers, counts_NE),
         left_out=left_out(len(counts_NE)),
-        figures=grid(drawn),
+        figures=load_of_layers(counts_NE, routing.layers),
     )
+
+
+def load_of_layers(counts_NE: Int[np.ndarray, "N E"], layers: Sequence[int] | np.ndarray) -> Markup:
+    """Returns the load of each expert as bars, of the `drawn_layers`.
+
+    Args:
+      counts_NE: assignments to each expert.
+      layers: model layer of each MoE layer.
+    """
+    drawn = []
+    for n in drawn_layers(len(counts_NE)):
+        image = figures.draw_final_load(counts_NE[n])
+        drawn.append(figure(f"Layer {layers[n]}", _extremes(counts_NE, n), image))
+    return grid(drawn)
 
 
 def _extremes(counts_NE: np.ndarray, n: int) -> str:

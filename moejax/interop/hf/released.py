@@ -5,16 +5,18 @@ from pathlib import Path
 
 import jax
 
-from moejax.config import Config, MeshConfig, resolve_recorded, to_dict
+from moejax.config import Config, DataConfig, MeshConfig, resolve_recorded, to_dict
 from moejax.data import prepare
+from moejax.data.sources.choose import data_directory
 from moejax.inference.evaluate import evaluate_on, make_eval_setup
 from moejax.inference.load import LoadedRun
 from moejax.interop.hf.conversion.texts import released_tokenizer
+from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.load import load_model, read_config
 from moejax.moe.overrides import AS_TRAINED
 from moejax.paths import resolve_path
 from moejax.training.evaluation import Evaluation
-from moejax.training.run_directory.text import LONGEST_ROW, TextPlaces
+from moejax.training.run_directory.text import LONGEST_ROW, TextPlaces, said_text
 from moejax.training.state import split_model
 
 
@@ -39,6 +41,22 @@ def load_released(folder: str | Path) -> LoadedRun:
     return LoadedRun(config=corpus_config, model=load_model(path), tokenizer=tokenizer, step=0)
 
 
+def check_rows_are_outside(folder: str | Path, places: TextPlaces | None = None) -> None:
+    """Raises `HfError` if rows would be prepared in a released model's folder.
+
+    Args:
+      folder: of the model, in which nothing is written.
+      places: where the user says that text and rows are.
+    """
+    data = said_text(DataConfig(), places)
+    rows = resolve_path(data_directory(data))
+    if rows.is_relative_to(resolve_path(folder)):
+        raise HfError(
+            f"data.directory={data.directory} is in the released model's folder, where nothing is "
+            "written; name one elsewhere by --data.directory="
+        )
+
+
 def evaluate_released(
     folder: str | Path,
     mesh: MeshConfig | None = None,
@@ -59,19 +77,14 @@ def evaluate_released(
       The model's configuration with the text that it was evaluated on, and the figures.
 
     Raises:
-      HfError: the folder holds something else than such a model.
+      HfError: the folder holds something else than such a model, or rows would be prepared there.
       ConfigError: the model does not fit the mesh.
       DataError: there is no tokenizer, or no text.
     """
+    check_rows_are_outside(folder, places)
     loaded = load_released(folder)
-    places = places or TextPlaces()
-    data = dataclasses.replace(
-        loaded.config.data,
-        directory=places.directory or loaded.config.data.directory,
-        files=places.files,
-        source="files" if places.files else loaded.config.data.source,
-        seq_len=seq_len or loaded.config.data.seq_len,
-    )
+    data = said_text(loaded.config.data, places)
+    data = dataclasses.replace(data, seq_len=seq_len or data.seq_len)
     config = resolve_recorded(to_dict(dataclasses.replace(loaded.config, data=data)))
     setup = make_eval_setup(config, mesh)
     corpus = prepare(data, loaded.tokenizer)

@@ -75,9 +75,7 @@ def open_run_corpus(
     record = RunDirectory(workdir).read_facts()
     if record.get("corpus", "") is None:
         # Converted weights, which saw no rows: any text may be evaluated.
-        data = _with_places(config_data, given)
-        if data.files:
-            data = dataclasses.replace(data, source="files")
+        data = said_text(_with_places(config_data, {}), places)
         seq_len = min(data.seq_len, LONGEST_ROW)
         return prepare(dataclasses.replace(data, seq_len=seq_len), tokenizer)
     corpus = record.get("corpus")
@@ -96,6 +94,27 @@ def open_run_corpus(
     _check_known(workdir, data, corpus, known)
     log.info("the run's rows %s are not in %s and are prepared there", corpus, data.directory)
     return prepare(data, tokenizer, only=corpus)
+
+
+def said_text(data: DataConfig, places: TextPlaces | None) -> DataConfig:
+    """Returns the text for weights that saw no rows: any files that the user names, or `data`.
+
+    Args:
+      data: what is read where the user says nothing.
+      places: where the user says that text is.
+
+    Raises:
+      DataError: a place that the text does not have.
+    """
+    given = (places or TextPlaces()).said()
+    if "source_dir" in given and data.source != "tfds":
+        raise DataError(
+            f"--data.source_dir={given['source_dir']} goes with data.source=tfds, not "
+            f"{data.source}; name files by --data.files="
+        )
+    source = "files" if "files" in given else data.source
+    known: dict[str, Any] = {"source": source, **given}
+    return dataclasses.replace(data, **known)
 
 
 def _with_places(data: DataConfig, known: dict[str, str]) -> DataConfig:

@@ -619,6 +619,8 @@ def test_rows_are_spread_over_the_split_and_padding_fills_the_last_batch(loaded)
         np.testing.assert_array_equal(batch.tokens_BL[place % 4], rows[int(row)]["tokens"][:-1])
     assert not batches[1].loss_mask_BL[2:].any()
     assert batches[1].loss_mask_BL[:2].any()
+    (small,) = read_rows(corpus, 2, 4)
+    assert small.tokens_BL.shape == (2, 32)  # without rows of padding
     with pytest.raises(
         CounterfactualError, match=f"between 1 and the {len(rows)} of the validation split"
     ):

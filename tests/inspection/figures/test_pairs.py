@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moejax.inspection.analysis.expert_profile import coactivation_ratio, expected_coactivation
 from moejax.inspection.analysis.information import Information
 from moejax.inspection.figures import layers as layer_figures
 from moejax.inspection.figures import pairs as pair_figures
@@ -76,15 +77,15 @@ def test_expected_pairs_have_the_loads_of_the_counts_and_factors_of_experts():
     factors_E = np.array([1.0, 2.0, 4.0, 5.0])
     counts_EE = np.outer(factors_E, factors_E).round().astype(int)
     np.testing.assert_allclose(
-        np.nan_to_num(pair_figures.expected_coactivation(counts_EE), nan=-1),
+        np.nan_to_num(expected_coactivation(counts_EE), nan=-1),
         counts_EE * (1 - np.eye(4)) - np.eye(4), rtol=1e-6,
     )  # fmt: skip
     upper_EE = np.triu(np.random.default_rng(0).integers(0, 50, (9, 9)), 1)
     pairs_EE = upper_EE + upper_EE.T
-    expected_EE = pair_figures.expected_coactivation(pairs_EE)
+    expected_EE = expected_coactivation(pairs_EE)
     np.testing.assert_allclose(np.nansum(expected_EE, axis=1), pairs_EE.sum(axis=1), rtol=1e-6)
     assert np.isnan(np.diag(expected_EE)).all()
-    assert np.nansum(pair_figures.expected_coactivation(np.zeros((3, 3), int))) == 0
+    assert np.nansum(expected_coactivation(np.zeros((3, 3), int))) == 0
 
 
 def test_pairs_are_white_at_chance_red_above_black_never_grey_if_rare():
@@ -92,7 +93,7 @@ def test_pairs_are_white_at_chance_red_above_black_never_grey_if_rare():
     for i, j, tokens in ((0, 1, 400), (2, 3, 400), (0, 2, 100), (1, 3, 100)):
         pairs_EE[i, j] = pairs_EE[j, i] = tokens
     # 500 pairs for each of four experts, so by chance a third of them with each other one.
-    ratio_EE = pair_figures.coactivation_ratio(pairs_EE)
+    ratio_EE = coactivation_ratio(pairs_EE)
     nan = np.nan
     rows = [
         [nan, 2.4, 0.6, 0, nan],

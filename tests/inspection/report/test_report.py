@@ -613,6 +613,7 @@ def test_domains_are_measured_where_documents_have_one_and_given_the_token(monke
         documents_T,
         experts_NTK,
         np.ones((1, T, 1), np.float32),
+        np.zeros(1),
         4,
         (5,),
     )
