@@ -40,6 +40,11 @@ def contents(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def sources_of_rows(folder):
+    """Returns what the rows were made of that were prepared in a folder."""
+    return {path.name.split("-")[0] for path in (folder / "data" / "rows").iterdir()}
+
+
 def test_a_released_model_is_inspected_from_its_folder_alone(in_folder, capsys):
     before = contents(in_folder / "model")
     command = ["inspect", "--hf=model", TEXTS, "--rows=2", "--prompt=The people of the town"]
@@ -61,6 +66,7 @@ def test_a_released_model_is_inspected_from_its_folder_alone(in_folder, capsys):
     assert len(found["traces"][0]["experts"]) == 2
     assert found["counterfactuals"] is None
     assert contents(in_folder / "model") == before
+    assert sources_of_rows(in_folder) == {"files"}
 
 
 def test_without_a_prompt_the_beginning_of_a_row_is_traced(in_folder, capsys):
@@ -85,6 +91,7 @@ def test_a_run_of_converted_weights_gets_its_page(in_folder, capsys):
     assert main(["inspect", "--workdir=run", TEXTS, "--rows=1", "--step=0"]) == 0
     assert f"page: {in_folder / 'run' / 'inspection.html'}" in capsys.readouterr().out
     assert "step 0" in (in_folder / "run" / "inspection.html").read_text()
+    assert sources_of_rows(in_folder) == {"files"}  # not the speeches, as if none were named
     assert "Parameters" in open_run("run")._repr_html_()
 
 
