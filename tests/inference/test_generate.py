@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.flags import FlagValues
 from flax import nnx
 
 import oracle
 from cases.training import case_config, small_config
-from moejax.cli.verbs.generate import define
+from moejax.cli.verbs.generate import TEMPERATURE, TOP_P
 from moejax.data.tokenizers import ByteTokenizer
 from moejax.inference.generate import HOTTEST, generate, generate_text, prompt_ids
 from moejax.inference.layered import LayeredDecoder
@@ -231,11 +230,8 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
 
 def test_the_defaults_of_the_command_neither_invent_nor_repeat():
     """Ten likely tokens and a long tail share the probability, and the tail is hardly drawn."""
-    values = FlagValues()
-    define(values, [])
-    values.mark_as_parsed()
     probabilities = np.r_[np.full(10, 0.085), np.full(300, 0.15 / 300)]
-    shares = draw(probabilities, values.temperature, values.top_p)
+    shares = draw(probabilities, TEMPERATURE, TOP_P)
     assert shares[10:].sum() < 0.02  # at temperature 1 and without a cut 0.15
     assert shares[:10].min() > 0.05  # at temperature 0 one of them is always drawn
 

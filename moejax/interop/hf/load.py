@@ -69,7 +69,11 @@ def load_model(folder: str | Path) -> Decoder:
     for piece in pieces_of(checkpoint.config, checkpoint.family, shapes_of(arrays)):
         array = arrays[piece.array]
         array[piece.place] = piece.to_ours(sources, array.dtype)
-    return nnx.merge(graphdef, *jax.tree.map(jax.numpy.asarray, (params, others)))
+    leaves, structure = jax.tree.flatten((params, others))
+    del params, others, arrays
+    for number, leaf in enumerate(leaves):  # each is freed once it is an array of jax
+        leaves[number] = jax.numpy.asarray(leaf)
+    return nnx.merge(graphdef, *jax.tree.unflatten(structure, leaves))
 
 
 @dataclasses.dataclass(frozen=True)

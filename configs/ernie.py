@@ -1,9 +1,9 @@
 """ERNIE 4.5's router: softmax with a selection bias, two shared experts with biases.
 
-  moejax train --config=configs/routers/ernie.py --workdir=runs/routers/ernie
+  moejax train --config=configs/ernie.py --workdir=runs/ernie
 
 Weights are divided by their sum, which counts as `renormalize_floor` if it is less. The published
-models have no biases (`use_bias`). Everything else is as in `softmax_topk.py`.
+models have no biases (`use_bias`). Everything else is as in `routers/softmax_topk.py`.
 """
 
 import runpy
@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     """Returns the recipe."""
-    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    base = Path(__file__).with_name("routers") / "softmax_topk.py"
+    config = runpy.run_path(str(base))["get_config"]()
     config.moe.selection_bias = True
     config.moe.renormalize_floor = 1e-12
     config.moe.num_shared_experts = 2
