@@ -86,7 +86,7 @@ def row(model_type: str, family: Family) -> str:
     cells = [
         f"`{model_type}`",
         models_of(family),
-        ", ".join(folder.name for folder in folders) or "none, only written and read back",
+        ", ".join(folder.name for folder in folders) or "none of its own",
         shown(largest(comparisons, of_gradients=False)),
         shown(largest(comparisons, of_gradients=True)),
         str(sum(len(comparison.differences) for comparison in comparisons) or ""),

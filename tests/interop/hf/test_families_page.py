@@ -41,7 +41,7 @@ def test_every_family_and_every_checkpoint_is_in_the_table(script):
         if own:
             assert listed == own
         else:
-            assert rows[name][2:] == ["none, only written and read back"]
+            assert rows[name][2:] == ["none of its own"]
 
 
 def test_differences_are_rounded_up(script):
