@@ -195,8 +195,7 @@ def common_start(runs: Sequence[TrainingRun]) -> int:
         run.checkpoints.check_listing()
     steps = [run.checkpoints.steps() for run in runs]
     common = common_step(steps)
-    has_all = all(common in own for own in steps)
-    if not has_all and any(steps):
+    if not common and any(map(any, steps)):
         known = zip(runs, steps, strict=True)
         listed = "; ".join(f"{run.workdir}: {own or 'none'}" for run, own in known)
         raise CheckpointError(

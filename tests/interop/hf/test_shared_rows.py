@@ -13,7 +13,7 @@ from moejax.interop.hf.conversion import to_hf
 from moejax.interop.hf.conversion.to_hf import convert_to_hf
 from moejax.interop.hf.conversion.to_run import convert_to_run
 from moejax.interop.hf.errors import HfError
-from moejax.interop.hf.load import empty_model, load_model, open_checkpoint
+from moejax.interop.hf.load import abstract_model, load_model, open_checkpoint
 from moejax.interop.hf.places import Part, named_arrays, shapes_of
 from moejax.interop.hf.tensors import Tensor, share_rows
 
@@ -36,7 +36,7 @@ def test_queries_keys_and_values_are_its_rows_one_after_the_other():
 def test_pieces_of_any_size_read_the_same(max_bytes):
     checkpoint = open_checkpoint(FIXTURE)
     expected = named_arrays(nnx.state(load_model(FIXTURE)))
-    _, params, others = empty_model(checkpoint.config)
+    _, params, others = abstract_model(checkpoint.config)
     params, others = named_arrays(params), named_arrays(others)
     sources = checkpoint.claim(params, others)
     shapes = shapes_of(params | others)
