@@ -198,3 +198,19 @@ def test_pickles_are_refused_by_name(folder):
     assert "pytorch_model.bin, which is a pickle" in refusal(folder)
     (folder / "pytorch_model.bin").unlink()
     assert "has neither model.safetensors nor" in refusal(folder)
+
+
+@pytest.mark.parametrize("family", ["hunyuan_v1_moe", "mixtral"])
+@pytest.mark.parametrize("num_layers", [0, -1])
+def test_a_number_of_layers_that_is_none_is_refused(family, num_layers, tmp_path):
+    shutil.copyfile(FOLDER / family / "config.json", tmp_path / "config.json")
+    change_config(tmp_path, num_hidden_layers=num_layers)
+    with pytest.raises(HfError, match=r"config\.json: "):
+        read_config(tmp_path)
+
+
+def test_a_key_that_stands_twice_is_refused_by_name(folder):
+    path = folder / "config.json"
+    text = path.read_text().rstrip().removesuffix("}")
+    path.write_text(f'{text}, "hidden_size": 64}}')
+    assert "hidden_size stands twice" in refusal(folder)

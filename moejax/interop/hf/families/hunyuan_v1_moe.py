@@ -78,9 +78,11 @@ def _by_layer(published: Mapping[str, Any], keys: tuple[str, ...], default: int 
     """Returns the value of each layer, where a key has one for all or a list.
 
     Raises:
-      HfError: a list of another length.
+      HfError: a list of another length, or no layers.
     """
     num_layers = first_of(published, ("num_hidden_layers",))
+    if num_layers < 1:
+        raise HfError(f"num_hidden_layers={num_layers} must be at least 1")
     value = first_of(published, keys, default)
     if not isinstance(value, list):
         return [value] * num_layers
