@@ -39,7 +39,7 @@ from moejax.interop.hf.load import abstract_model
 from moejax.interop.hf.pieces import Piece, pieces_of
 from moejax.interop.hf.places import named_arrays, shapes_of
 from moejax.interop.hf.save import published_keys
-from moejax.locks import FolderLock
+from moejax.locks import FolderLock, check_held
 from moejax.paths import replace_file
 from moejax.training.checkpoints.checkpoint import CheckpointError
 from moejax.training.checkpoints.digests import digest_of, sums_of_region
@@ -244,6 +244,7 @@ class _Export:
         with ThreadPoolExecutor(num_threads()) as pool:
             notes = pool.map(lambda number: self._write(self.files[number], stored), left)
             for number, note in zip(left, notes, strict=True):
+                check_held(self.folder)
                 journal.add([(number, note)])
                 file = self.files[number]
                 progress.add(sum(_num_bytes(piece, self.dtype) for piece in file.pieces))

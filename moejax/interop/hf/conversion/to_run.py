@@ -34,7 +34,7 @@ from moejax.interop.hf.files.quantized import Source
 from moejax.interop.hf.load import Checkpoint, abstract_model, open_checkpoint
 from moejax.interop.hf.pieces import PIECE_BYTES, Piece, filled_arrays, pieces_of
 from moejax.interop.hf.places import Arrays, named_arrays, shapes_of
-from moejax.locks import FolderLock
+from moejax.locks import FolderLock, check_held
 from moejax.models.parameters import count_parameters
 from moejax.training.checkpoints.digests import digest_of, sums_of_region
 from moejax.training.checkpoints.meta import TOKENIZER_FILES, read_meta, tokenizer_digests
@@ -161,6 +161,7 @@ class _Conversion:
             for batch in self._batches(left):
                 sums = list(pool.map(lambda number: self._convert(number, stored), batch))
                 stored.sync()
+                check_held(self.workdir)
                 journal.add(zip(batch, sums, strict=True))
                 self.progress.add(sum(_num_bytes(self.pieces[number]) for number in batch))
         journal.close()

@@ -19,6 +19,7 @@ from moejax.interop.hf.files.stored import StoredTensor
 from moejax.interop.hf.load import abstract_model, load_model
 from moejax.interop.hf.load import read_config as read_released
 from moejax.interop.hf.places import named_arrays
+from moejax.locks import LockedError
 from moejax.sharding import make_mesh
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.checkpoints.streamed import StreamedCheckpoint
@@ -263,3 +264,13 @@ def test_a_folder_that_holds_something_is_not_written(folder, tmp_path):
     with pytest.raises(HfError, match=r"holds notes\.txt; name a new folder"):
         convert_to_run(folder, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_conversion_that_another_process_took_over_writes_no_more(
+    folder, tmp_path, small_pieces, monkeypatch
+):
+    monkeypatch.setattr("moejax.locks.FolderLock._is_taken", lambda self: True)
+    with pytest.raises(LockedError):
+        convert_to_run(folder, tmp_path / "run")
+    journal = tmp_path / "run" / "converting" / "journal.jsonl"
+    assert len(journal.read_text().splitlines()) == 1
