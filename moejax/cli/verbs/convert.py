@@ -37,6 +37,7 @@ from moejax.interop.hf.conversion.compare import (
     compare,
     read_reference,
 )
+from moejax.interop.hf.conversion.memory import keep_freed_memory
 from moejax.interop.hf.conversion.to_hf import TORCH_DTYPES, convert_to_hf
 from moejax.interop.hf.conversion.to_run import convert_to_run
 from moejax.interop.hf.load import load_model, read_config
@@ -106,6 +107,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
     """Converts or compares."""
     refuse_several_processes("convert")
     keep_compilation_cache()
+    keep_freed_memory()
     given = [name for name in ("hf", "workdir", "to_hf", "compare") if values[name].value]
     if given == ["hf", "workdir"]:
         _refuse(values, "--to_hf", OF_TO_HF)

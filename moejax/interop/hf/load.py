@@ -1,8 +1,7 @@
 """A released model as a `Decoder`: its configuration, and its weights in memory."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from moejax.config import Config, nearest, resolve
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.families import FAMILIES
 from moejax.interop.hf.family import Family
+from moejax.interop.hf.files.json_objects import read_json
 from moejax.interop.hf.files.quantized import Source
 from moejax.interop.hf.files.weights import Weights
 from moejax.interop.hf.keys import read_keys
@@ -36,7 +36,7 @@ def read_config(folder: str | Path) -> tuple[Config, Family]:
 def _read_published(path: Path) -> tuple[Config, Family, Mapping[str, Any]]:
     """Returns the configuration of a `config.json`, its family, and its content."""
     try:
-        published = json.loads(path.read_bytes(), object_pairs_hook=_without_repetition)
+        published = read_json(path.read_bytes())
     except PermissionError as error:
         raise HfError(
             f"{path} cannot be read (Permission denied); give this user the right to read it"
@@ -51,16 +51,6 @@ def _read_published(path: Path) -> tuple[Config, Family, Mapping[str, Any]]:
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise HfError(f"{path}: {error}") from error
     return config, family, published
-
-
-def _without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object; raises `HfError` for a key that stands twice, with two values."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise HfError(f"{repeated} stands twice; keep the one that is meant")
-    return content
 
 
 def load_model(folder: str | Path) -> Decoder:

@@ -58,13 +58,13 @@ class Piece:
         values = np.empty(self.shape, dtype)
         for tensor, place, sizes in self._tensors_in_place():
             theirs = sources[tensor.theirs].read(self.rows)
-            values[place] = tensor.to_ours(theirs, sizes)
+            tensor.to_ours(theirs, values[(*place, ...)], sizes)
         return values
 
     def to_theirs(self, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Yields the tensors that the values of the region are published as: names and values."""
         for tensor, place, sizes in self._tensors_in_place():
-            yield tensor.theirs, np.ascontiguousarray(tensor.to_theirs(values[place], sizes))
+            yield tensor.theirs, tensor.to_theirs(values[(*place, ...)], sizes)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the tensors, by name."""

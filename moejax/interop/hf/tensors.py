@@ -18,6 +18,8 @@ from moejax.interop.hf.errors import HfError
 
 INDEX = re.compile(r"\d+|\{\w+\}")
 
+CACHE_LINE_BYTES = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -95,20 +97,21 @@ class Tensor:
             return 0
         return math.prod(sizes[name] for name in others)
 
-    def to_ours(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """Returns the tensor as the part of our array.
+    def to_ours(self, tensor: np.ndarray, part: np.ndarray, sizes: Mapping[str, int]) -> None:
+        """Fills a part of our array with the tensor.
 
         Args:
           tensor: theirs, of their shape.
+          part: of our array.
           sizes: of our axes by name.
         """
-        pattern = f"{self.their_axes} -> {self._free_axes()}"
-        return einops.rearrange(tensor, pattern, **self._named(sizes))
+        copy_in_blocks(part, self._in_our_order(tensor.astype(part.dtype, copy=False), sizes))
 
     def to_theirs(self, part: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """Returns the part of our array as their tensor."""
-        pattern = f"{self._free_axes()} -> {self.their_axes}"
-        return einops.rearrange(part, pattern, **self._named(sizes))
+        tensor = np.empty(self.their_shape(sizes), part.dtype)
+        copy_in_blocks(self._in_our_order(tensor, sizes), part)
+        return tensor
 
     def their_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Returns the shape of their tensor."""
@@ -122,6 +125,11 @@ class Tensor:
         """Returns the sizes of our axes by name, from the shape of our array."""
         pairs = zip(self._our_names(), shape, strict=True)
         return {name: size for name, size in pairs if not INDEX.fullmatch(name)}
+
+    def _in_our_order(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """Returns a view of their tensor, with our axes."""
+        pattern = f"{self.their_axes} -> {self._free_axes()}"
+        return einops.rearrange(tensor, pattern, **self._named(sizes))
 
     def _their_groups(self) -> list[list[str]]:
         """Returns the names that make each of their axes."""
@@ -138,6 +146,23 @@ class Tensor:
         """Returns the sizes of the axes that the patterns name."""
         names = set(re.findall(r"[A-Za-z]+", self.their_axes))
         return {name: sizes[name] for name in names}
+
+
+def copy_in_blocks(target: np.ndarray, source: np.ndarray) -> None:
+    """Copies an array into another of its shape, whose axes may lie in another order in memory.
+
+    What is copied at once is a line of the processor's cache wide. NumPy by itself would go along
+    whole rows of one of the two and use each line of the other for one element, then fetch it
+    again: eight times as long for a matrix of 2,048 rows.
+    """
+    axis = int(np.argmin(target.strides)) if target.ndim else 0
+    step = CACHE_LINE_BYTES // target.itemsize
+    if not target.ndim or source.strides[axis] == source.itemsize:
+        target[...] = source
+        return
+    targets, sources = np.moveaxis(target, axis, 0), np.moveaxis(source, axis, 0)
+    for start in range(0, len(targets), step):
+        targets[start : start + step] = sources[start : start + step]
 
 
 def expand(tensors: Sequence[Tensor], num_experts: int) -> Iterator[Tensor]:

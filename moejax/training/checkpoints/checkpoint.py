@@ -24,6 +24,7 @@ from moejax.training.checkpoints.failed_reads import quiet_reads
 from moejax.training.checkpoints.messages import reason_of, rights_or_copy, unreadable
 from moejax.training.checkpoints.meta import (
     MODEL_FIELDS,
+    NOT_VERIFIED,
     CheckpointError,
     DamageError,
     add_metrics,
@@ -320,10 +321,7 @@ class Checkpoints:
         if "digests" in meta:
             compare_digests(meta["digests"], digest_arrays(arrays))
         else:
-            log.warning(
-                "%s was saved without digests by an earlier version: its arrays were not verified",
-                folder,
-            )
+            log.warning(NOT_VERIFIED, folder)
         if "step" in arrays and int(arrays["step"]) != step:
             raise DamageError(
                 f"it holds step {int(arrays['step'])}: the folder was renamed or copied"

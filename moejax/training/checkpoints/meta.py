@@ -35,6 +35,9 @@ MODEL_FIELDS = ("params", "router_state")
 OLD_KEYS = {"manifest", "config", "tokenizer", "notes"}
 KEYS = {*OLD_KEYS, "step", "digests", "metrics", "digest"}
 
+NOT_VERIFIED = "%s was saved without digests by an earlier version: its arrays were not verified"
+"""A warning, of a folder."""
+
 log = logging.getLogger("moejax")
 
 

@@ -22,6 +22,9 @@ from moejax.training.checkpoints.meta import FILE, seal
 
 ITEM = "model"
 
+BEING_WRITTEN = ".__lock"
+"""How tensorstore ends the name of a file that it is writing."""
+
 Place = tuple[int | slice, ...]
 """A region of an array."""
 
@@ -99,8 +102,10 @@ class StreamedCheckpoint:
             raise StoreError(f"{self._folder}: {name} cannot be read ({_line(error)})") from error
 
     def sync(self) -> None:
-        """Returns when all that was written is on disk."""
-        data = {path for path in (self._folder / ITEM).rglob("*") if path.is_file()}
+        """Returns when all that was written before is on disk; others may write meanwhile."""
+        files = {path for path in (self._folder / ITEM).rglob("*") if path.is_file()}
+        # What is being written gets its name when it is complete.
+        data = {path for path in files if not path.name.endswith(BEING_WRITTEN)}
         manifests = {path for path in data if path.name.startswith("manifest")}
         for path in (data - self._synced) | manifests:
             _sync(path)

@@ -214,3 +214,20 @@ def test_a_key_that_stands_twice_is_refused_by_name(folder):
     text = path.read_text().rstrip().removesuffix("}")
     path.write_text(f'{text}, "hidden_size": 64}}')
     assert "hidden_size stands twice" in refusal(folder)
+
+
+def test_a_tensor_that_stands_twice_is_refused_by_name(folder):
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    name = max(header)
+    text = json.dumps(header).removesuffix("}") + f', "{name}": {json.dumps(header[name])}}}'
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + raw[8 + length :])
+    assert f"{name} stands twice" in refusal(folder)
+    path.write_bytes(raw)
+    file_of = split_in_two(folder)
+    name, file = next(iter(file_of.items()))
+    text = json.dumps({"weight_map": file_of}).removesuffix("}}") + f', "{name}": "{file}"}}}}'
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert f"{name} stands twice" in refusal(folder)

@@ -7,6 +7,7 @@ The weights go piece by piece into files of at most `FILE_BYTES`. What is under 
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +44,14 @@ from moejax.locks import FolderLock, check_held
 from moejax.paths import replace_file
 from moejax.training.checkpoints.checkpoint import CheckpointError
 from moejax.training.checkpoints.digests import digest_of, sums_of_region
-from moejax.training.checkpoints.meta import DamageError, has_optimizer, read_meta, saved_steps
+from moejax.training.checkpoints.meta import (
+    NOT_VERIFIED,
+    DamageError,
+    compare_digests,
+    has_optimizer,
+    read_meta,
+    saved_steps,
+)
 from moejax.training.checkpoints.streamed import StoreError, StreamedCheckpoint
 from moejax.training.run_directory.layout import CONVERTING, RELEASED, read_config
 
@@ -55,6 +63,8 @@ KEPT = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id
 
 TORCH_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """How `config.json` and safetensors call the types that are written."""
+
+log = logging.getLogger("moejax")
 
 NO_SUMS = np.zeros(2, np.uint32)
 """What no region contributes to a digest."""
@@ -314,14 +324,16 @@ class _Export:
         for sums_of_file in sums_of_files:
             for array, values in sums_of_file.items():
                 sums[array] = sums.get(array, NO_SUMS) + np.array(values, np.uint32)
-        digests = self.source.meta.get("digests", {})
-        for array, own_sums in sums.items():
-            saved = digests.get(self._name(array))
-            if saved is not None and saved != digest_of(own_sums):
-                raise CheckpointError(
-                    f"{self.source.folder}: {array} differs from the digest saved with it; use "
-                    "another --step, or a copy of the run"
-                )
+        found = {self._name(array): digest_of(own_sums) for array, own_sums in sums.items()}
+        if "digests" not in self.source.meta:
+            log.warning(NOT_VERIFIED, self.source.folder)
+            return
+        try:
+            compare_digests(self.source.meta["digests"], found)
+        except DamageError as error:
+            raise CheckpointError(
+                f"{self.source.folder}: {error}; use another --step, or a copy of the run"
+            ) from error
 
     def _index(self) -> dict[str, Any]:
         file_of: dict[str, str] = {}

@@ -157,13 +157,16 @@ class _Conversion:
         stored = self._open(journal)
         self.progress.add(sum(_num_bytes(self.pieces[number]) for number in journal.done))
         left = [number for number in range(len(self.pieces)) if number not in journal.done]
-        with ThreadPoolExecutor(num_threads()) as pool:
+        with ThreadPoolExecutor(num_threads()) as pool, ThreadPoolExecutor(1) as noting:
+            noted = None
             for batch in self._batches(left):
                 sums = list(pool.map(lambda number: self._convert(number, stored), batch))
-                stored.sync()
-                check_held(self.workdir)
-                journal.add(zip(batch, sums, strict=True))
-                self.progress.add(sum(_num_bytes(self.pieces[number]) for number in batch))
+                if noted is not None:
+                    noted.result()
+                # While the disk is waited for, the next batch is converted.
+                noted = noting.submit(self._note, journal, stored, batch, sums)
+            if noted is not None:
+                noted.result()
         journal.close()
         for number, sums_2 in journal.done.items():
             self._add(self.pieces[number].array, np.array(sums_2, np.uint32))
@@ -172,6 +175,19 @@ class _Conversion:
             self._add(name, sums_of_region((), array.shape, array))
         self._write_meta(stored)
         mark_complete(self.workdir)
+
+    def _note(
+        self,
+        journal: Journal,
+        stored: StreamedCheckpoint,
+        batch: Sequence[int],
+        sums: Sequence[list[int]],
+    ) -> None:
+        """Notes that pieces are written, once they are on disk."""
+        stored.sync()
+        check_held(self.workdir)
+        journal.add(zip(batch, sums, strict=True))
+        self.progress.add(sum(_num_bytes(self.pieces[number]) for number in batch))
 
     def _open(self, journal: Journal) -> StreamedCheckpoint:
         """Returns the checkpoint with the pieces of the journal; a new one where they are lost."""

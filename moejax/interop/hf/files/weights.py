@@ -5,7 +5,6 @@ checkpoint of any size takes no more memory than what is asked for. Weights that
 blocks with scales (`quantized`) are one tensor here.
 """
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from moejax.interop.hf.errors import HfError
+from moejax.interop.hf.files.json_objects import read_json
 from moejax.interop.hf.files.quantized import Source, join_quantized
 from moejax.interop.hf.files.stored import StoredTensor
 
@@ -100,7 +100,7 @@ class Weights:
     def _read_index(self) -> dict[str, str]:
         path = self._folder / INDEX
         try:
-            file_of = json.loads(path.read_bytes())["weight_map"]
+            file_of = read_json(path.read_bytes())["weight_map"]
             is_map = all(isinstance(name, str) for name in file_of.values())
         except PermissionError as error:
             raise HfError(_forbidden(path)) from error
@@ -130,7 +130,7 @@ class Weights:
                 pass
             with path.open("rb") as file:
                 header_bytes = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(header_bytes))
+                header = read_json(file.read(header_bytes))
         except PermissionError as error:
             raise HfError(_forbidden(path)) from error
         except (SafetensorError, OSError, ValueError) as error:

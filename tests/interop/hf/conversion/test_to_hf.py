@@ -14,6 +14,7 @@ from moejax.interop.hf.conversion.to_run import convert_to_run
 from moejax.interop.hf.errors import HfError
 from moejax.interop.hf.load import load_model, read_config
 from moejax.training.checkpoints.checkpoint import CheckpointError
+from moejax.training.checkpoints.meta import FILE, OLD_KEYS, read_meta, seal
 from moejax.training.checkpoints.streamed import StreamedCheckpoint
 
 of_each = pytest.mark.parametrize("family", FAMILIES)
@@ -132,6 +133,23 @@ def test_a_damaged_checkpoint_is_not_written(run, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="final_norm/scale differs from the digest"):
         convert_to_hf(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_array_without_a_digest_is_not_written(run, tmp_path):
+    folder = run / "checkpoints" / "0"
+    meta = read_meta(folder)
+    del meta["digests"]["params/final_norm/scale"], meta["digest"]
+    (folder / FILE).write_text(json.dumps(seal(meta)))
+    with pytest.raises(CheckpointError, match="final_norm/scale differs from the digest"):
+        convert_to_hf(run, tmp_path / "out")
+
+
+def test_a_checkpoint_of_before_there_were_digests_is_written_with_a_warning(run, tmp_path, caplog):
+    folder = run / "checkpoints" / "0"
+    meta = read_meta(folder)
+    (folder / FILE).write_text(json.dumps({key: meta[key] for key in OLD_KEYS}))
+    convert_to_hf(run, tmp_path / "out")
+    assert "saved without digests" in caplog.text
 
 
 def test_a_folder_that_holds_something_is_not_written(run, tmp_path):
