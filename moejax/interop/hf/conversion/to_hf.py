@@ -391,7 +391,7 @@ def _as_type(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return tensor
     with np.errstate(over="ignore"):
         typed = tensor.astype(dtype)
-    if not np.isfinite(typed.astype(np.float32)).all():
+    if not np.isfinite(typed).all():
         raise HfError(
             f"{name} has values beyond {dtype}; write it with --dtype=float32 or bfloat16"
         )
