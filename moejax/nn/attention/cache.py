@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int
 
+from moejax.nn.mask import AttentionMask
+
 AnyCache = TypeVar("AnyCache", bound="Cache")
 
 
@@ -25,6 +27,30 @@ class Cache:
             return slots_BSX.at[row_B1, positions_BL].set(new_BLX)
 
         return jax.tree.map(put, self, new)
+
+
+def keys_and_mask(
+    new: AnyCache,
+    cache: AnyCache | None,
+    positions_BL: Int[jax.Array, "B L"],
+    segments_BL: Int[jax.Array, "B L"] | None,
+) -> tuple[AnyCache, AttentionMask]:
+    """Returns what there is to attend to, and which of it queries see.
+
+    Args:
+      new: of the L positions.
+      cache: of those before, to which they are added; None where queries see their own row only.
+      positions_BL: position of each token; with a cache also its slot.
+      segments_BL: number of the document within its row; not needed with a cache.
+    """
+    if cache is not None:
+        return cache.with_positions(new, positions_BL), AttentionMask.of_cache(positions_BL)
+    if segments_BL is None:
+        raise ValueError(
+            "attention within rows needs segments_BL, and attention to a cache needs cache; "
+            "give one"
+        )
+    return new, AttentionMask.within_rows(segments_BL)
 
 
 @jax.tree_util.register_dataclass

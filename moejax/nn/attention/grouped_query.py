@@ -8,12 +8,11 @@ from jaxtyping import Array, Float, Int
 from moejax.config import AttentionConfig
 from moejax.kernels.matmul import dense
 from moejax.nn.attention.attend import attend
-from moejax.nn.attention.cache import KVCache
+from moejax.nn.attention.cache import KVCache, keys_and_mask
 from moejax.nn.attention.layer_options import LayerOptions, make_constants, read_constants
 from moejax.nn.attention.qk_norm import make_qk_norms, norm_unweighted, norm_whole
 from moejax.nn.attention.scores import rotary_score_factor, scale_queries
 from moejax.nn.attention.temperature import grow_with_position
-from moejax.nn.mask import AttentionMask
 from moejax.nn.norms import MakeNorm
 from moejax.nn.positions import rotate_by_config
 from moejax.sharding import gather_fsdp
@@ -104,23 +103,14 @@ class Attention(nnx.Module):
         q_BLHA, k_BLGA = self._with_positions(q_BLHA, k_BLGA, positions_BL, segments_BL, options)
         q_BLHA = self._scale(q_BLHA, positions_BL, segments_BL, options)
         sinks_H = self.sinks[...] if self.config.sinks else None
-        if cache is not None:
-            cache = cache.with_positions(KVCache(k_BLGA, v_BLGA), positions_BL)
-            k_BLGA, v_BLGA = cache.k_BSGA, cache.v_BSGA
-            mask = AttentionMask.of_cache(positions_BL)
-        elif segments_BL is not None:
-            mask = AttentionMask.within_rows(segments_BL)
-        else:
-            raise ValueError(
-                "attention within rows needs segments_BL, and attention to a cache needs cache; "
-                "give one"
-            )
+        new = KVCache(k_BLGA, v_BLGA)
+        seen, mask = keys_and_mask(new, cache, positions_BL, segments_BL)
         mask = mask.within(positions_BL, options.window, options.chunk)
-        y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask, sinks_H, self.config.score_cap)
+        y_BLHA = attend(q_BLHA, seen.k_BSGA, seen.v_BSGA, mask, sinks_H, self.config.score_cap)
         y_BLD = dense(y_BLHA, gather_fsdp(self.out, self.dtype), num_contracted=2)
         if self.config.out_bias:
             y_BLD += self.out_bias[...].astype(self.dtype)[None, None]
-        return y_BLD, cache
+        return y_BLD, cache and seen
 
     def _project(
         self, x_BLD: jax.Array, options: LayerOptions

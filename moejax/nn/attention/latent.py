@@ -9,7 +9,7 @@ from moejax.config import AttentionConfig
 from moejax.kernels.matmul import dense
 from moejax.nn.attention.absorbed import attend_absorbed, is_cheaper_absorbed
 from moejax.nn.attention.attend import attend
-from moejax.nn.attention.cache import LatentCache
+from moejax.nn.attention.cache import LatentCache, keys_and_mask
 from moejax.nn.attention.scores import rotary_score_factor, scale_queries
 from moejax.nn.mask import AttentionMask
 from moejax.nn.norm import RMSNorm
@@ -86,18 +86,8 @@ class LatentAttention(nnx.Module):
         """Attends within the row, or to the cache; see `Attention`."""
         factor = rotary_score_factor(self.config, positions_BL, segments_BL)
         q_BLHA = self._queries(x_BLD, positions_BL, factor)
-        seen = self._compress(x_BLD, positions_BL)
-        if cache is not None:
-            cache = cache.with_positions(seen, positions_BL)
-            seen = cache
-            mask = AttentionMask.of_cache(positions_BL)
-        elif segments_BL is not None:
-            mask = AttentionMask.within_rows(segments_BL)
-        else:
-            raise ValueError(
-                "attention within rows needs segments_BL, and attention to a cache needs cache; "
-                "give one"
-            )
+        new = self._compress(x_BLD, positions_BL)
+        seen, mask = keys_and_mask(new, cache, positions_BL, segments_BL)
         num_queries, num_keys = x_BLD.shape[1], seen.latent_BSC.shape[1]
         if cache is not None and is_cheaper_absorbed(self.config, num_queries, num_keys):
             kv_up_CHX = gather_fsdp(self.kv_up, self.dtype)
@@ -107,7 +97,7 @@ class LatentAttention(nnx.Module):
         y_BLD = dense(y_BLHV, gather_fsdp(self.out, self.dtype), num_contracted=2)
         if self.config.out_bias:
             y_BLD += self.out_bias[...].astype(self.dtype)[None, None]
-        return y_BLD, cache
+        return y_BLD, cache and seen
 
     def _queries(
         self, x_BLD: jax.Array, positions_BL: jax.Array, factor: float | jax.Array

@@ -13,9 +13,8 @@ from moejax.moe.router import RouterInputs, Routing, route
 from moejax.moe.router.modules import Router
 from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.attend import attend
-from moejax.nn.attention.cache import KVCache
+from moejax.nn.attention.cache import KVCache, keys_and_mask
 from moejax.nn.attention.scores import rotary_score_factor, scale_queries
-from moejax.nn.mask import AttentionMask
 from moejax.nn.positions import rotate_by_config
 from moejax.sharding import batch_devices, gather_fsdp
 
@@ -116,7 +115,8 @@ class RoutedAttention(nnx.Module):
                 num_devices=batch_devices(),
             )
         q_BLKGA = self._queries(x_BLD, routing, positions_BL, segments_BL)
-        seen, mask = self._keys_and_mask(x_BLD, positions_BL, segments_BL, cache)
+        new = self._keys(x_BLD, positions_BL)
+        seen, mask = keys_and_mask(new, cache, positions_BL, segments_BL)
         batch, length, top_k, groups, head = q_BLKGA.shape
         # Heads that share keys are next to each other.
         q_BLGKA = q_BLKGA.swapaxes(2, 3)
@@ -155,25 +155,11 @@ class RoutedAttention(nnx.Module):
         q_BLHA = rotate_by_config(q_BLHA, positions_BL, config, factor=factor)
         return scale_queries(q_BLHA, config.score_factor).reshape(q_BLKGA.shape)
 
-    def _keys_and_mask(
-        self,
-        x_BLD: jax.Array,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array | None,
-        cache: KVCache | None,
-    ) -> tuple[KVCache, AttentionMask]:
-        """Returns the keys and values that there are, and which of them queries see."""
+    def _keys(self, x_BLD: jax.Array, positions_BL: jax.Array) -> KVCache:
+        """Returns the keys and values of the tokens."""
         key_value_BLPGA = dense(x_BLD, gather_fsdp(self.key_value, self.dtype))
         k_BLGA, v_BLGA = key_value_BLPGA[:, :, 0], key_value_BLPGA[:, :, 1]
-        new = KVCache(rotate_by_config(k_BLGA, positions_BL, self.config), v_BLGA)
-        if cache is not None:
-            return cache.with_positions(new, positions_BL), AttentionMask.of_cache(positions_BL)
-        if segments_BL is None:
-            raise ValueError(
-                "attention within rows needs segments_BL, and attention to a cache needs cache; "
-                "give one"
-            )
-        return new, AttentionMask.within_rows(segments_BL)
+        return KVCache(rotate_by_config(k_BLGA, positions_BL, self.config), v_BLGA)
 
     def _outputs(self, y_BLKGA: jax.Array, combined: CombineWeights) -> jax.Array:
         """Returns the sum of the experts' outputs by their weights."""

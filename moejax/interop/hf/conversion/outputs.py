@@ -115,8 +115,7 @@ class Outputs:
         logits_BLV, _, stats = self.run(padding)
         log_probs_BLV = jax.nn.log_softmax(logits_BLV[:, :-1])
         nats_BL1 = -jnp.take_along_axis(log_probs_BLV, tokens_BL[:, 1:, None], axis=-1)
-        is_target_BL = segments_BL[:, 1:] > 0
-        loss = jnp.where(is_target_BL, nats_BL1[..., 0], 0.0).sum() / is_target_BL.sum()
+        loss = _mean_of_targets(nats_BL1[..., 0], segments_BL[:, 1:] > 0)
         aux = self._balance_loss(stats, segments_BL)
         return self._named_losses(padding, float(loss), float(aux))
 
@@ -154,9 +153,8 @@ class Outputs:
         tokens_BL, segments_BL, positions_BL = self.inputs()
         hidden_BLD, stats = model(tokens_BL, segments_BL, positions_BL, trace=True)
         targets_BL = jnp.asarray(self._reference["labels"])[:, 1:]
-        is_target_BL = targets_BL >= 0
         nats_BL = model.cross_entropy(hidden_BLD[:, :-1], jnp.maximum(targets_BL, 0))
-        loss = jnp.where(is_target_BL, nats_BL, 0.0).sum() / is_target_BL.sum()
+        loss = _mean_of_targets(nats_BL, targets_BL >= 0)
         return loss, self._balance_loss(stats, segments_BL)
 
     def _by_tensor(self, prefix: str, gradients: nnx.State) -> Named:
@@ -225,6 +223,10 @@ def _layer_program(graphdef: nnx.GraphDef, shared_beside: bool) -> Callable[...,
         }
 
     return compute
+
+
+def _mean_of_targets(nats_BL: jax.Array, is_target_BL: jax.Array) -> jax.Array:
+    return jnp.where(is_target_BL, nats_BL, 0.0).sum() / is_target_BL.sum()
 
 
 def _layer_of(routing: Routing, n: int) -> Routing:
