@@ -92,6 +92,15 @@ def replace_shared_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             raise
 
 
+def sync_path(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def is_number(name: str) -> bool:
     """Whether a file is named by a number, such as a step, in digits that Python writes.
 

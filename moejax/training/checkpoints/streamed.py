@@ -8,7 +8,6 @@ Arrays are not compressed: compression would take longer than writing them.
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from moejax.paths import replace_file
+from moejax.paths import replace_file, sync_path
 from moejax.training.checkpoints.meta import FILE, seal
 
 ITEM = "model"
@@ -108,8 +107,8 @@ class StreamedCheckpoint:
         data = {path for path in files if not path.name.endswith(BEING_WRITTEN)}
         manifests = {path for path in data if path.name.startswith("manifest")}
         for path in (data - self._synced) | manifests:
-            _sync(path)
-        _sync(self._folder / ITEM / "d")
+            sync_path(path)
+        sync_path(self._folder / ITEM / "d")
         self._synced |= data
 
     def finish(self, meta: Mapping[str, Any]) -> None:
@@ -149,15 +148,6 @@ class _Store:
 
     def _spec(self, name: str) -> dict[str, Any]:
         return {"driver": "zarr", "kvstore": {**self._kvstore, "path": f"{name}/"}}
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or the names in a folder are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _line(error: Exception) -> str:

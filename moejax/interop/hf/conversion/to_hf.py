@@ -41,7 +41,7 @@ from moejax.interop.hf.pieces import Piece, pieces_of
 from moejax.interop.hf.places import named_arrays, shapes_of
 from moejax.interop.hf.save import published_keys
 from moejax.locks import FolderLock, check_held
-from moejax.paths import replace_file
+from moejax.paths import replace_file, sync_path
 from moejax.training.checkpoints.checkpoint import CheckpointError
 from moejax.training.checkpoints.digests import digest_of, sums_of_region
 from moejax.training.checkpoints.meta import (
@@ -304,7 +304,7 @@ class _Export:
         try:
             save_file(tensors, path, metadata={"format": "pt"})
             os.chmod(path, 0o644)  # the library makes files private
-            _sync(path)
+            sync_path(path)
         except (SafetensorError, OSError) as error:
             raise ConversionInterruptedError(
                 f"{path} cannot be written ({error}); make room, and run the command again to go on"
@@ -396,8 +396,3 @@ def _as_type(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
             f"{name} has values beyond {dtype}; write it with --dtype=float32 or bfloat16"
         )
     return typed
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
