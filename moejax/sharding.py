@@ -250,18 +250,18 @@ def _splits(config: Config) -> list[tuple[str, int, str]]:
     return splits
 
 
-def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
-    """Returns the mesh axes of an array with these logical axes.
+def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Returns the mesh axes of an array with these logical axes; None is never split.
 
     Raises:
       ValueError: a logical axis without a rule.
     """
     for axis in axes:
-        if axis not in RULES:
+        if axis is not None and axis not in RULES:
             raise ValueError(
                 f"logical axis {axis!r} has no rule in sharding.RULES; known are {[*RULES]}"
             )
-    return PartitionSpec(*(RULES[axis] for axis in axes))
+    return PartitionSpec(*(axis and RULES[axis] for axis in axes))
 
 
 def tree_shardings(axes_tree: Any, mesh: Mesh) -> Any:

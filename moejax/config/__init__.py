@@ -18,6 +18,9 @@ from moejax.config.loss_specs import LossSpec as LossSpec
 from moejax.config.of_evaluation import MOE_OF_TRAINING as MOE_OF_TRAINING
 from moejax.config.of_evaluation import OF_COMPUTATION as OF_COMPUTATION
 from moejax.config.of_evaluation import is_of_weights as is_of_weights
+from moejax.config.parameter_groups import ParameterGroup as ParameterGroup
+from moejax.config.parameter_groups import kind_of as kind_of
+from moejax.config.parameter_groups import read_groups as read_groups
 from moejax.config.resolve import default as default
 from moejax.config.resolve import given_leaves as given_leaves
 from moejax.config.resolve import resolve as resolve
@@ -44,12 +47,12 @@ from moejax.config.sections.data import DataConfig as DataConfig
 from moejax.config.sections.mesh import MeshConfig as MeshConfig
 from moejax.config.sections.model import ModelConfig as ModelConfig
 from moejax.config.sections.moe import MoeConfig as MoeConfig
+from moejax.config.sections.optimizer import OptimizerConfig as OptimizerConfig
 from moejax.config.sections.root import SECTIONS as SECTIONS
 from moejax.config.sections.root import Config as Config
 from moejax.config.sections.schedules import Schedule as Schedule
 from moejax.config.sections.schedules import ScheduleConfig as ScheduleConfig
 from moejax.config.sections.schedules import active_top_k_of as active_top_k_of
 from moejax.config.sections.schedules import parse_schedule as parse_schedule
-from moejax.config.sections.train import OptimizerConfig as OptimizerConfig
 from moejax.config.sections.train import TrainConfig as TrainConfig
 from moejax.config.validation import check_vocabulary as check_vocabulary

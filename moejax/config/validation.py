@@ -11,9 +11,10 @@ from moejax.config.sections.alarms import validate_alarms
 from moejax.config.sections.attention import validate_attention
 from moejax.config.sections.data import validate_data
 from moejax.config.sections.moe import MoeConfig
+from moejax.config.sections.optimizer import validate_optimizer
 from moejax.config.sections.root import Config
 from moejax.config.sections.schedules import validate_schedules
-from moejax.config.sections.train import validate_optimizer, validate_train
+from moejax.config.sections.train import validate_train
 
 
 def validate(config: Config) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from moejax.config import Config
 from moejax.models import Decoder
 from moejax.sharding import replicated, tree_shardings
-from moejax.training.optimizer import make_optimizer
+from moejax.training.optimizers.make import make_optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -83,31 +83,38 @@ def make_train_setup(config: Config, mesh: Mesh) -> TrainSetup:
         return _fresh(params, router_state, optimizer)
 
     abstract = jax.eval_shape(fresh, params, router_state)
-    shardings = _shardings(abstract, optimizer, mesh)
+    shardings = _shardings(abstract, mesh)
     return TrainSetup(config, mesh, graphdef, optimizer, shardings, abstract)
 
 
-def _shardings(
-    abstract: TrainState, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
-) -> TrainState:
+def _shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
     """Returns where each array of a state is: moments where their parameters are."""
     everywhere = replicated(mesh)
     param_shardings = tree_shardings(logical_axes(abstract.params), mesh)
-    opt_shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        abstract.opt_state,
-        param_shardings,
-        transform_non_params=lambda _: everywhere,
-    )
     return TrainState(
         step=everywhere,
         params=param_shardings,
         router_state=tree_shardings(logical_axes(abstract.router_state), mesh),
-        opt_state=opt_shardings,
+        opt_state=_shardings_of_moments(abstract.opt_state, mesh),
         skipped=everywhere,
         skipped_in_row=everywhere,
     )
+
+
+def _shardings_of_moments(opt_state: optax.OptState, mesh: Mesh) -> Any:
+    """Returns where the moments are: by their own axes, which are those of their parameters.
+
+    What has no axes, such as a count, is on every device.
+    """
+
+    def sharding(node: Any) -> Any:
+        if not isinstance(node, nnx.Variable):
+            return replicated(mesh)
+        if isinstance(node.get_raw_value(), optax.MaskedNode):
+            return node
+        return node.replace(tree_shardings(node.axes, mesh))
+
+    return jax.tree.map(sharding, opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

@@ -15,8 +15,8 @@ from moejax.moe.balancing.metrics import routing_metrics
 from moejax.moe.balancing.stats import RoutingStats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.accumulation import loss_and_gradients
+from moejax.training.learning_rate import learning_rate_at
 from moejax.training.losses import BatchSums, losses
-from moejax.training.optimizer import learning_rate_at
 from moejax.training.router_state import (
     schedule_router_state,
     state_arrays,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from moejax.training.optimizer import make_optimizer, make_schedule
 
 import moejax
 from cases.config import nested, other_value
@@ -31,7 +32,6 @@ from moejax.data import prepare
 from moejax.moe.balancing.losses import auxiliary_losses
 from moejax.moe.layer import MoE
 from moejax.training import router_state
-from moejax.training.optimizer import make_optimizer, make_schedule
 from moejax.training.run_directory.changes import first_change
 
 PACKAGE = Path(moejax.__file__).parent

@@ -12,8 +12,9 @@ from moejax.config.sections.data import BYTE_VOCAB_SIZE, DataConfig
 from moejax.config.sections.mesh import MeshConfig
 from moejax.config.sections.model import ModelConfig
 from moejax.config.sections.moe import MoeConfig
+from moejax.config.sections.optimizer import OptimizerConfig
 from moejax.config.sections.schedules import ScheduleConfig
-from moejax.config.sections.train import OptimizerConfig, TrainConfig
+from moejax.config.sections.train import TrainConfig
 
 BYTE_EMBEDDING_ROWS = 64 * math.ceil(BYTE_VOCAB_SIZE / 64)
 """320: the byte vocabulary, padded to a multiple of 64, which divides well over devices."""

@@ -1,11 +1,9 @@
-"""The leaves of the training loop and of the optimizer."""
+"""The leaves of the training loop."""
 
 import dataclasses
-from typing import Literal
 
-from moejax.config.errors import ConfigError, divisors, require
+from moejax.config.errors import ConfigError, divisors
 from moejax.config.schema.leaf import leaf
-from moejax.config.schema.needs import value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,39 +52,6 @@ class TrainConfig:
         return self.is_evaluated(step) or step % self.checkpoint_every == 0
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its schedule."""
-
-    learning_rate: float = leaf(3e-3, "the highest learning rate", at_least=0)
-    schedule: Literal["cosine", "linear", "wsd"] = leaf(
-        "cosine",
-        "how the rate falls after the warm-up; wsd keeps the highest until the last decay_fraction",
-    )
-    warmup_fraction: float = leaf(
-        0.05,
-        "fraction of num_steps over which the rate rises linearly from 0",
-        at_least=0,
-        at_most=1,
-    )
-    decay_fraction: float = leaf(
-        0.2,
-        "fraction of num_steps, at the end, over which the rate falls linearly",
-        at_least=0,
-        at_most=1,
-        needs=value("optimizer.schedule", "wsd"),
-    )
-    final_fraction: float = leaf(
-        0.1, "the last learning rate as a fraction of the highest", at_least=0, at_most=1
-    )
-    beta1: float = leaf(0.9, "decay of the mean of gradients", at_least=0, below=1)
-    beta2: float = leaf(0.95, "decay of the mean of squared gradients", at_least=0, below=1)
-    weight_decay: float = leaf(0.1, "decoupled weight decay, of matrices only", at_least=0)
-    clip_norm: float = leaf(
-        1.0, "largest global norm of the gradient; 0 switches clipping off", at_least=0
-    )
-
-
 def validate_train(train: TrainConfig) -> None:
     """Raises `ConfigError` for a batch that cannot be split into its microbatches."""
     if train.batch_size % train.accumulation:
@@ -96,16 +61,3 @@ def validate_train(train: TrainConfig) -> None:
             f"train.accumulation={train.accumulation}; use one of {fitting} "
             "for train.accumulation"
         )
-
-
-def validate_optimizer(optimizer: OptimizerConfig) -> None:
-    """Raises `ConfigError` for a schedule whose parts are longer than the run."""
-    fractions = optimizer.warmup_fraction
-    if optimizer.schedule == "wsd":
-        fractions += optimizer.decay_fraction
-    require(
-        fractions <= 1,
-        f"optimizer.warmup_fraction={optimizer.warmup_fraction} and "
-        f"optimizer.decay_fraction={optimizer.decay_fraction} must not exceed 1 together; "
-        "lower one",
-    )

@@ -16,7 +16,7 @@ from moejax.models import Decoder
 from moejax.models.blocks import Context
 from moejax.moe.token_info import TokenInfo
 from moejax.training.accumulation import loss_and_gradients
-from moejax.training.optimizer import learning_rate_at
+from moejax.training.learning_rate import learning_rate_at
 from moejax.training.router_state import schedule_router_state
 from moejax.training.schedules import scheduled
 from moejax.training.state import TrainSetup, TrainState

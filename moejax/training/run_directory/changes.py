@@ -5,7 +5,7 @@ import logging
 from typing import Any, NamedTuple
 
 from moejax.config import AlarmConfig, Config, is_of_weights, is_read, leaves, names_file, to_dict
-from moejax.training.optimizer import make_schedule
+from moejax.training.learning_rate import make_schedule
 
 MAY_CHANGE = (
     "train.num_steps",
