@@ -23,6 +23,9 @@ FLOAT32_BYTES = 4
 BATCH_BYTES = 4 * 4 + 1
 """Of a token of a batch: token, target, segment and position, int32, and whether it has a loss."""
 
+MOMENTS = {"adamw": 2, "muon": 1, "muonh": 1, "adafactor": 0, "lion": 1, "sgd": 1}
+"""Moments of a parameter, at the least, by `optimizer.name`: some have one more."""
+
 UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6}
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -35,7 +38,7 @@ class Memory:
 
     Attributes:
       parameters: float32.
-      moments: the two of AdamW.
+      moments: of the optimizer.
       gradients: of all parameters at once, for their norm.
       batch: of tokens.
       activations: the residual stream at each layer, kept for the backward pass of a microbatch.
@@ -82,9 +85,10 @@ def estimate_memory(config: Config, num_devices: int) -> Memory:
     residual_width = model.d_model * model.num_layers
     activation_bytes = FLOAT32_BYTES if model.compute_dtype == "float32" else FLOAT32_BYTES // 2
     num_logits = microbatch_tokens * config.vocab_size // sizes["tensor"]
+    moment_bytes = parameters if config.optimizer.moments_dtype == "float32" else parameters // 2
     return Memory(
         parameters=parameters,
-        moments=2 * parameters,
+        moments=MOMENTS[config.optimizer.name] * moment_bytes,
         gradients=parameters,
         batch=BATCH_BYTES * tokens,
         activations=activation_bytes * microbatch_tokens * residual_width,

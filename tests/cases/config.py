@@ -103,6 +103,9 @@ SPECIMENS = {
     "data.source_dir": ("folder", {"data.source": "tfds", "data.name": "set"}),
     "data.files": ("texts/*.txt", {"data.source": "files"}),
     "optimizer.decay_fraction": (0.1, {"optimizer.schedule": "wsd"}),
+    "optimizer.muon_momentum": (0.9, {"optimizer.name": "muon"}),
+    "optimizer.adam_rate": (0.5, {"optimizer.name": "muonh"}),
+    "optimizer.groups": ("router: rate=0.3; */mixer/*: weight_decay=0", {}),
 }
 """Values of leaves whose type does not suggest one, and what must change with them."""
 

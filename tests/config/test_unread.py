@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from moejax.training.optimizer import make_optimizer, make_schedule
+from moejax.training.learning_rate import make_schedule
+from moejax.training.optimizers.make import make_optimizer
 
 import moejax
 from cases.config import nested, other_value
@@ -149,9 +150,20 @@ def test_an_unread_leaf_is_refused_with_its_value_its_need_and_the_remedy(contex
             pytest.fail(f"{key} is accepted")
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
-def test_every_leaf_of_the_optimizer_is_read_or_refused(schedule, monkeypatch):
-    config = resolve({"optimizer": {"schedule": schedule}})
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [
+        ("cosine", "adamw"),
+        ("linear", "muon"),
+        ("wsd", "muonh"),
+        ("cosine", "adafactor"),
+        ("linear", "lion"),
+        ("wsd", "sgd"),
+    ],
+)
+def test_every_leaf_of_the_optimizer_is_read_or_refused(schedule, name, monkeypatch):
+    chosen = {"optimizer.schedule": schedule, "optimizer.name": name}
+    config = resolve(nested(chosen))
     recorder = Recorder(monkeypatch, OptimizerConfig)
     make_schedule(config.optimizer, 100)
     params = jax.tree.map(lambda w: nnx.Param(w, axes=("embed",)), {"w": jnp.ones(2)})
@@ -162,7 +174,7 @@ def test_every_leaf_of_the_optimizer_is_read_or_refused(schedule, monkeypatch):
             continue
         key = f"optimizer.{field.name}"
         with pytest.raises(UnreadError, match=key):
-            resolve(nested({"optimizer.schedule": schedule, key: other_value(key)[0]}))
+            resolve(nested(chosen | {key: other_value(key)[0]}))
 
 
 def test_every_leaf_of_the_data_is_read_or_refused(tmp_path, monkeypatch):

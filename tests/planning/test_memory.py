@@ -11,7 +11,13 @@ from cases.training import small_config
 from moejax.cli import main
 from moejax.config import ConfigError, resolve
 from moejax.planning import memory
-from moejax.planning.memory import check_memory, device_memory, estimate_memory, host_memory
+from moejax.planning.memory import (
+    MOMENTS,
+    check_memory,
+    device_memory,
+    estimate_memory,
+    host_memory,
+)
 from moejax.sharding import make_mesh
 from moejax.training.state import make_train_setup
 
@@ -48,6 +54,16 @@ def test_parameters_moments_and_gradients_are_those_of_the_state():
         train={"batch_size": 16},
     )
     assert estimate_memory(large, 1).logits == 4 * 2**23  # half of them at a time
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MOMENTS)
+def test_moments_are_no_more_than_those_of_the_optimizer(name, dtype):
+    config = small_config(mesh={"data": 1}, optimizer={"name": name, "moments_dtype": dtype})
+    setup = make_train_setup(config, make_mesh(config, jax.devices()[:1]))
+    found = estimate_memory(config, 1).moments
+    held = num_bytes(setup.abstract.opt_state)
+    assert held / 2 < found <= held or name == "adafactor" and found == 0
 
 
 def test_what_the_mesh_splits_is_split():

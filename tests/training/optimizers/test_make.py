@@ -311,3 +311,21 @@ def test_nothing_trains_without_a_rate():
     optimizer = make_optimizer(OptimizerConfig(), params)
     with pytest.raises(TypeError, match="learning_rate"):
         optimizer.update(params, optimizer.init(params), params)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arms_of_a_pack_are_trained_as_each_alone(name):
+    config = config_of(name, weight_decay=0.1)
+    optimizer = make_optimizer(config, random_params())
+
+    def one_step(params, gradients, rate):
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params, learning_rate=rate)
+        return updates
+
+    arms = [(random_params(n), random_params(n + 3), jnp.float32(0.1 * n)) for n in (1, 2)]
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *arms)
+    together = jax.vmap(one_step)(*stacked)
+    for n, arm in enumerate(arms):
+        alone = arrays_of(one_step(*arm))
+        for path, update in arrays_of(jax.tree.map(lambda x, n=n: x[n], together)).items():
+            oracle.assert_close(update, alone[path], err_msg=path)

@@ -17,7 +17,9 @@ MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
 ]
 
-COLLECTIVE = re.compile(r"= \S+ (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)")
+COLLECTIVE = re.compile(
+    r"= \S+ (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)"
+)
 
 
 def config_of(name, mesh):
