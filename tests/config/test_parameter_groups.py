@@ -51,6 +51,6 @@ def test_each_parameter_is_of_one_kind(path, kind):
     ],
 )
 def test_what_is_no_group_is_refused(text, words):
-    with pytest.raises(ConfigError, match="optimizer.groups") as caught:
+    with pytest.raises(ConfigError, match=r"optimizer\.groups") as caught:
         resolve({"optimizer": {"groups": text}})
     assert words in str(caught.value)

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from moejax.training.learning_rate import make_schedule
-from moejax.training.optimizers.make import make_optimizer
 
 import moejax
 from cases.config import nested, other_value
@@ -33,6 +31,8 @@ from moejax.data import prepare
 from moejax.moe.balancing.losses import auxiliary_losses
 from moejax.moe.layer import MoE
 from moejax.training import router_state
+from moejax.training.learning_rate import make_schedule
+from moejax.training.optimizers.make import make_optimizer
 from moejax.training.run_directory.changes import first_change
 
 PACKAGE = Path(moejax.__file__).parent

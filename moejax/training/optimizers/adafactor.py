@@ -20,12 +20,12 @@ class AdafactorState(NamedTuple):
     """The state of `scale_by_adafactor`.
 
     Attributes:
-      count: updates so far, int32.
+      num_updates: so far, int32.
       rows: means of squared gradients over the columns of each matrix; of vectors, the squares.
-      columns: means over rows; of vectors, nothing.
+      columns: means over rows; of vectors one number, which nothing reads.
     """
 
-    count: jax.Array
+    num_updates: jax.Array
     rows: nnx.State
     columns: nnx.State
 
@@ -40,42 +40,54 @@ def scale_by_adafactor() -> optax.GradientTransformation:
     """
 
     def init(params: nnx.State) -> AdafactorState:
-        rows = map_params(lambda _, param: _zeros(param, axes_of(param.axes).columns), params)
-        columns = map_params(lambda _, param: _zeros(param, axes_of(param.axes).rows), params)
+        rows = map_params(lambda _, param: _zeros(param, _over_columns(param)), params)
+        columns = map_params(lambda _, param: _zeros(param, _over_rows(param)), params)
         return AdafactorState(jnp.int32(0), rows, columns)
 
     def update(
         gradients: nnx.State, state: AdafactorState, params: nnx.State
     ) -> tuple[nnx.State, AdafactorState]:
-        count = state.count + 1
+        count = state.num_updates + 1
         decay = 1 - count.astype(jnp.float32) ** -DECAY_POWER
 
-        def moved(_: str, mean: nnx.Variable, gradient: nnx.Variable, over: str) -> jax.Array:
-            squares = jnp.square(gradient[...]) + SMALLEST_SQUARE
-            axes = axes_of(gradient.axes)
-            kept = _kept(squares, getattr(axes, over), axes)
-            return decay * mean[...] + (1 - decay) * kept
+        def move_row(_: str, mean: nnx.Variable, gradient: nnx.Variable) -> jax.Array:
+            squares = _mean_squares(gradient, _over_columns(gradient))
+            return decay * mean[...] + (1 - decay) * squares
 
-        rows = map_params(lambda *each: moved(*each, "columns"), state.rows, gradients)
-        columns = map_params(lambda *each: moved(*each, "rows"), state.columns, gradients)
+        def move_column(_: str, mean: nnx.Variable, gradient: nnx.Variable) -> jax.Array:
+            squares = _mean_squares(gradient, _over_rows(gradient))
+            return decay * mean[...] + (1 - decay) * squares
+
+        rows = map_params(move_row, state.rows, gradients)
+        columns = map_params(move_column, state.columns, gradients)
         updates = map_params(_update, gradients, rows, columns, params)
         return updates, AdafactorState(count, rows, columns)
 
     return optax.GradientTransformation(init, update)
 
 
-def _zeros(param: nnx.Variable, over: tuple[int, ...]) -> nnx.Variable:
-    """Returns zeros for means over some axes; for vectors, over none."""
+def _over_columns(param: nnx.Variable) -> tuple[int, ...]:
+    """Returns the axes over which there is one mean a row; none for vectors."""
     axes = axes_of(param.axes)
-    if not axes.rows:
-        over = ()
+    return axes.columns if axes.rows else ()
+
+
+def _over_rows(param: nnx.Variable) -> tuple[int, ...]:
+    """Returns the axes over which there is one mean a column; all own ones for vectors."""
+    axes = axes_of(param.axes)
+    return axes.rows or axes.own
+
+
+def _zeros(param: nnx.Variable, over: tuple[int, ...]) -> nnx.Variable:
+    """Returns zeros for means over some axes."""
     sizes = [1 if n in over else size for n, size in enumerate(param.shape)]
     names = [None if n in over else name for n, name in enumerate(param.axes)]
     return param.replace(jnp.zeros(sizes, jnp.float32), axes=tuple(names))
 
 
-def _kept(squares: jax.Array, over: tuple[int, ...], axes: Axes) -> jax.Array:
-    return squares.mean(axis=over, keepdims=True) if axes.rows else squares
+def _mean_squares(gradient: nnx.Variable, over: tuple[int, ...]) -> jax.Array:
+    squares = jnp.square(gradient[...]) + SMALLEST_SQUARE
+    return squares.mean(axis=over, keepdims=True)
 
 
 def _update(

@@ -28,11 +28,11 @@ class MuonState(NamedTuple):
     """The state of `scale_by_muon`.
 
     Attributes:
-      count: updates so far, int32.
+      num_updates: so far, int32.
       mean: of the gradients.
     """
 
-    count: jax.Array
+    num_updates: jax.Array
     mean: nnx.State
 
 
@@ -54,7 +54,7 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     ) -> tuple[nnx.State, MuonState]:
         del params
         mean = optax.tree.update_moment(gradients, state.mean, momentum, 1)
-        count = state.count + 1
+        count = state.num_updates + 1
         # Nesterov: the mean as it will be after a further gradient like this one.
         means = optax.tree.bias_correction(mean, momentum, count + 1)
         current = optax.tree.bias_correction(gradients, momentum, count)
