@@ -315,6 +315,7 @@ def test_the_argument_of_a_recipe_reaches_it_or_is_refused(refused, tmp_path):
         "attention.py": "attention has no kind banana; use windows, chunks, latent",
         "gpt_oss_shapes.py": "gpt-oss has no size banana; use 20b or 120b",
         "norms.py": "norms has no kind banana; use sandwich, post, parallel, granite",
+        "optimizers.py": "optimizers has no banana; use muon, muonh, adafactor, lion, sgd",
     }
     for path in sorted((REPOSITORY / "configs").rglob("*.py")):
         expected = with_arguments.get(path.name, "takes no argument")
