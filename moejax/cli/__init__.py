@@ -33,6 +33,7 @@ VERBS = {
     "report": "write a run's report.html, or compare several runs in one page",
     "view": "show runs in a browser while they train",
     "sweep": "train many configurations: plan, packs, searches, workers, report",
+    "ladder": "train arms at several budgets of compute, fit their laws, judge candidates",
     "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, "
     "swapped, random",
     "bench": "measure: layer, decode, compiled, compiled_step, step, telemetry, packed, compile, "
@@ -42,7 +43,7 @@ VERBS = {
     "doctor": "print versions, devices and kernels, and check that they work",
 }
 
-WITH_WORDS = ("report", "sweep", "bench")
+WITH_WORDS = ("report", "sweep", "ladder", "bench")
 """Verbs to which words that are no flags mean something; the others refuse them."""
 
 HELP = ("-h", "-help", "--help", "--help=true", "--helpshort", "--helpfull")

@@ -135,6 +135,12 @@ def recipe_name(text: str) -> str:
 
 def own_function(values: FlagValues, name: str) -> Callable[..., Any] | None:
     """Returns a function of the recipe that `--config` gave; None if it has none of that name."""
+    found: Callable[..., Any] | None = own_value(values, name)
+    return found
+
+
+def own_value(values: FlagValues, name: str) -> Any:
+    """Returns what the recipe that `--config` gave defines; None if it has nothing of that name."""
     parser = values["config"].parser
     if not isinstance(parser, RecipeParser):
         return None

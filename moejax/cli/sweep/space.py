@@ -22,8 +22,7 @@ def read_space(values: FlagValues, axes: list[str]) -> Space:
     Raises:
       UsageError: nothing varies, or something is given twice.
     """
-    spaces: list[Any] = _own_space(values)
-    spaces += [parse_axis(text) for text in axes]
+    spaces = own_spaces(values, axes)
     if values.seeds is not None:
         if values.seeds < 1:
             raise UsageError(
@@ -35,11 +34,16 @@ def read_space(values: FlagValues, axes: list[str]) -> Space:
             "nothing varies; give axes such as moe.num_experts=4,8,16, or --seeds, or a recipe "
             "with a sweep()"
         )
-    _check_unique(spaces)
+    check_unique(spaces)
     return product(*spaces)
 
 
-def _check_unique(spaces: list[Any]) -> None:
+def own_spaces(values: FlagValues, axes: list[str]) -> list[Any]:
+    """Returns the space of the recipe's `sweep()`, if it has one, and the axes that are given."""
+    return [*_own_space(values), *map(parse_axis, axes)]
+
+
+def check_unique(spaces: list[Any]) -> None:
     """Raises `UsageError` for an axis that is given twice."""
     keys: list[str] = []
     for space in spaces:

@@ -30,8 +30,13 @@ from moejax.cli.options import (
     recipe_text,
     refuse_several_processes,
 )
-from moejax.cli.printable import printable
 from moejax.cli.recipe import recipe_name
+from moejax.cli.sweep.running import (
+    check_runners,
+    define_runners,
+    own_command,
+    train_arms,
+)
 from moejax.cli.sweep.search import (
     OF_DRAWS,
     OF_STUDIES,
@@ -41,7 +46,6 @@ from moejax.cli.sweep.search import (
     refuse_flags,
     search,
     show_dashboard,
-    shown_command,
 )
 from moejax.cli.sweep.space import read_space
 from moejax.cli.sweep.tables import print_plan, settings_rows
@@ -52,9 +56,8 @@ from moejax.sweeps.arms import Plan, plan_arms
 from moejax.sweeps.packing import pack_arms
 from moejax.sweeps.report.write import build_sweep_report
 from moejax.sweeps.runners.packs import check_devices, check_open, prepare_devices, work
-from moejax.sweeps.runners.pool import STOPPED, Share, run_pool, share_out
-from moejax.sweeps.runners.slurm import Jobs, check_jobs, submit
-from moejax.sweeps.store.directory import Sweep, open_sweep, write_sweep
+from moejax.sweeps.runners.pool import STOPPED
+from moejax.sweeps.store.directory import open_sweep
 from moejax.sweeps.store.records import read_definition, read_records
 from moejax.sweeps.tables import at_fraction
 from moejax.training.multihost.signals import StopSignals
@@ -68,15 +71,6 @@ FLAGS_OF = {
 """By action, the flags that mean something to it; without one all do but `cores` and `port`."""
 
 ACTIONS = tuple(FLAGS_OF)
-
-RUNNERS_OF = {
-    "processes": ("pool", "slurm"),
-    "gpus": ("pool", "slurm"),
-    "minutes": ("slurm",),
-    "partition": ("slurm",),
-    "account": ("slurm",),
-}
-"""By flag, the runners to which alone it means something."""
 
 log = logging.getLogger("moejax")
 
@@ -112,35 +106,9 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         "with --match: what is changed",
         flag_values=values,
     )
-    flags.DEFINE_integer(
-        "pack",
-        8,
-        "arms that train side by side, at most; 1: none",
-        flag_values=values,
-    )
-    _define_runners(values)
+    define_runners(values)
     flags.DEFINE_string("cores", "", "work: CPU cores to run on, such as 0,1", flag_values=values)
     define_search(values)
-
-
-def _define_runners(values: FlagValues) -> None:
-    """Flags of what trains the arms."""
-    flags.DEFINE_enum("runner", "here", ["here", "pool", "slurm"], "who trains", flag_values=values)
-    flags.DEFINE_integer("processes", 2, "--runner=pool: how many; slurm: jobs", flag_values=values)
-    flags.DEFINE_integer(
-        "gpus",
-        0,
-        "--runner=pool: GPUs to share out; slurm: of each job; 0: CPU",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "minutes",
-        240,
-        "--runner=slurm: of a job, which is queued again",
-        flag_values=values,
-    )
-    flags.DEFINE_string("partition", "", "--runner=slurm", flag_values=values)
-    flags.DEFINE_string("account", "", "--runner=slurm", flag_values=values)
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
@@ -157,12 +125,12 @@ def run(values: FlagValues, rest: list[str]) -> None:
     if action == "work":
         _work(values)
     elif action == "worker":
-        join_search(values, _command())
+        join_search(values, own_command())
     elif action == "dashboard":
         show_dashboard(values)
     elif values.search:
         directory = _directory(values)
-        search(values, read_space(values, rest), recipe_text(values), directory, _command())
+        search(values, read_space(values, rest), recipe_text(values), directory, own_command())
     else:
         _sweep(values, rest)
 
@@ -212,54 +180,16 @@ def _sweep(values: FlagValues, axes: list[str]) -> None:
     _check_flags(values)
     directory = None if values["dry-run"].value else _directory(values)
     plan = _plan(values, axes)
-    packs = pack_arms(plan.arms, values.pack)
     if directory is None:
-        print_plan(values, plan, packs)
+        print_plan(values, plan, pack_arms(plan.arms, values.pack))
         return
-    # What cannot work is refused before the sweep's directory is written.
-    shares: list[Share] = []
-    if values.runner == "slurm":
-        check_jobs(_jobs(values))
-    elif values.runner == "pool":
-        shares = share_out(values.processes, values.gpus)
-    else:
-        prepare_devices(packs)
-        check_devices(plan.arms)
-    sweep = write_sweep(
-        directory,
-        plan,
-        largest_pack=values.pack,
-        recipe=recipe_text(values),
-        match=values.match,
-        command=_command(),
-    )
-    if values.runner == "slurm":
-        _submit(values, sweep)
-        return
-    with StopSignals() as stop:
-        if values.runner == "pool":
-            run_pool(sweep, shares, stop)
-        else:
-            work(sweep, stop)
-        if stop:
-            log.info("%s: saved in %s; the same command continues", stop.received, sweep.directory)
-            return
-    check_open(sweep)
-    _finish(values, sweep.directory)
+    if train_arms(values, directory, plan, match=values.match):
+        _finish(values, directory)
 
 
 def _check_flags(values: FlagValues) -> None:
     """Raises `UsageError` for a number that cannot be, and for a flag that would change nothing."""
-    for flag, least in {"pack": 1, "processes": 1, "gpus": 0}.items():
-        number = getattr(values, flag)
-        if number < least:
-            raise UsageError(f"--{flag}={number} must be at least {least}")
-    for flag, runners in RUNNERS_OF.items():
-        if values[flag].present and values.runner not in runners:
-            raise UsageError(
-                f"--{flag}={values[flag].value} goes with --runner={' or '.join(runners)}, not "
-                f"{values.runner}; leave one out"
-            )
+    check_runners(values)
     if values["adjust"].present and not values.match:
         raise UsageError(
             f"--adjust={values.adjust} says what --match changes; add --match, or leave it out"
@@ -283,20 +213,6 @@ def _plan(values: FlagValues, axes: list[str]) -> Plan:
 def _directory(values: FlagValues) -> Path:
     directory = values.dir or f"runs/sweep_{recipe_name(recipe_text(values))}"
     return read_folder_to_write(directory, "--dir")
-
-
-def _command() -> str:
-    return shown_command(sys.argv[1:])
-
-
-def _jobs(values: FlagValues) -> Jobs:
-    return Jobs(values.processes, values.gpus, 8, values.minutes, values.partition, values.account)
-
-
-def _submit(values: FlagValues, sweep: Sweep) -> None:
-    for job in submit(sweep, _jobs(values)):
-        log.info("job %s: logs in %s", job.job_id, job.paths.stdout)
-    print(f"moejax sweep report {printable(str(sweep.directory))}  shows what has ended")
 
 
 def _work(values: FlagValues) -> None:

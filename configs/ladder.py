@@ -1,0 +1,47 @@
+"""A ladder: dense, 8 and 32 experts at four budgets of equal active compute.
+
+  moejax ladder --config=configs/ladder.py --dry-run
+  moejax ladder --config=configs/ladder.py --dir=runs/ladder --seeds=3
+
+The text is presidential addresses in bytes, so that the vocabulary costs little and no tokenizer
+differs. `rung` is the rule from a budget to a shape; `gate` says what an arm must reach.
+"""
+
+from ml_collections import ConfigDict
+
+from moejax import config as moejax_config
+
+BUDGETS = (1e12, 4e12, 1.6e13, 6e13)
+
+
+def get_config() -> ConfigDict:
+    """Returns what all runs have in common."""
+    config = moejax_config.default()
+    config.model.remat = False
+    config.moe.top_k = 2
+    config.data.source = "speeches"
+    config.data.tokenizer = "bytes"
+    config.data.seq_len = 256
+    config.train.log_every = 50
+    config.train.eval_every = 0
+    return config
+
+
+def rung(budget: float, arm: dict) -> dict:
+    """Returns the shape of a model at a budget."""
+    width = arm.get("model.d_model") or 16 * round(4 * (budget / 1e12) ** (1 / 6))
+    return {
+        "model.d_model": width,
+        "model.num_layers": max(2, round(width / 32)),
+        "model.d_ff": 4 * width,
+        "attention.num_heads": width // 16,
+        "attention.num_kv_heads": width // 16,
+        "train.batch_size": 16,
+        "optimizer.learning_rate": 0.01 * (64 / width) ** 0.5,
+    }
+
+
+def sweep():
+    """Yields the arms."""
+    for num_experts in (0, 8, 32):
+        yield {"moe.num_experts": num_experts}

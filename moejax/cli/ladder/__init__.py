@@ -1,0 +1,1 @@
+"""What `moejax ladder` does apart from its flags."""
