@@ -9,7 +9,7 @@ from typing import Any
 from moejax.sweeps.arms import Arm, Plan, Recipe, SweepError, describe, plan_arms
 from moejax.sweeps.matching import short
 
-STEPS, SEED = "train.num_steps", "train.seed"
+STEPS, SEED, EXPERTS = "train.num_steps", "train.seed", "moe.num_experts"
 
 LEAST_STEPS = 10
 """Of a run: with fewer, rounding to whole steps would miss the budget by more than 5 %."""
@@ -117,12 +117,13 @@ def name_arms(points: Iterable[Point]) -> dict[str, Point]:
         {"moe.num_experts": 0}                    dense
         {}                                        recipe
 
-    Leaves that several sections have keep the name of theirs.
+    Leaves that several sections have keep the name of theirs. Dense arms that differ in leaves of
+    experts alone are one, as axes of experts multiply them.
 
     Raises:
       SweepError: a point that sets steps or seeds, or two points that are the same.
     """
-    listed = [dict(point) for point in points]
+    listed = [_of_what_it_has(point) for point in points]
     keys = {key for point in listed for key in point}
     leaf_names = [key.rpartition(".")[2] for key in keys]
     named: dict[str, Point] = {}
@@ -132,10 +133,10 @@ def name_arms(points: Iterable[Point]) -> dict[str, Point]:
         for key, value in point.items():
             leaf = key.rpartition(".")[2]
             words.append(f"{leaf if leaf_names.count(leaf) == 1 else key}={value}")
-        if point.get("moe.num_experts") == 0:
+        if _is_dense(point):
             words = ["dense", *(word for word in words if word != "num_experts=0")]
         name = ",".join(words) or "recipe"
-        if name in named:
+        if name in named and not _is_dense(point):
             raise SweepError(f"the arm {name} is given twice; leave one out")
         named[name] = point
     if not named:
@@ -144,6 +145,18 @@ def name_arms(points: Iterable[Point]) -> dict[str, Point]:
             "yields points"
         )
     return named
+
+
+def _of_what_it_has(point: Point) -> Point:
+    """Returns a point; of a dense one without what it sets of experts."""
+    if not _is_dense(point):
+        return dict(point)
+    kept = {key: value for key, value in point.items() if not key.startswith(("moe.", "schedule."))}
+    return {EXPERTS: 0, **kept}
+
+
+def _is_dense(point: Point) -> bool:
+    return point.get(EXPERTS) == 0
 
 
 def _refuse_steps(point: Point, what: str) -> None:
