@@ -33,7 +33,7 @@ from moejax.sweeps.store.directory import check_search
 from moejax.training.multihost.signals import StopSignals
 
 # Flags that mean something to some uses of the verb alone.
-OF_GRIDS = ("seeds", "dry-run", "match", "adjust", "pack")
+OF_GRIDS = ("seeds", "dry-run", "match", "adjust", "pack", "fair")
 OF_RUNNERS = ("runner", "processes", "gpus", "minutes", "partition", "account")
 OF_DRAWS = ("trials", "pruner", "search_seed")
 OF_STUDIES = ("study", "storage")

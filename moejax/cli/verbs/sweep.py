@@ -1,6 +1,7 @@
 """Train many configurations of one recipe: the arms of a sweep.
 
   moejax sweep --config=FILE moe.num_experts=4,8,16 moe.balance_weight=log:1e-4..1e-1:5 --seeds=3
+  moejax sweep --config=FILE --fair=learning_rate moe.num_experts=4,8,16 --seeds=3
   moejax sweep --config=FILE --dry-run            what FILE's sweep() gives, checked and listed
   moejax sweep --config=FILE --search=tpe moe.balance_weight=log:1e-4..1e-1 moe.num_experts=4,8,16
   moejax sweep worker --study=NAME --storage=URL  joins a search from anywhere
@@ -31,6 +32,7 @@ from moejax.cli.options import (
     refuse_several_processes,
 )
 from moejax.cli.recipe import recipe_name
+from moejax.cli.sweep.fair import check_fair, describe_trials, train_trials
 from moejax.cli.sweep.running import (
     check_runners,
     define_runners,
@@ -58,6 +60,7 @@ from moejax.sweeps.report.write import build_sweep_report
 from moejax.sweeps.runners.packs import check_devices, check_open, prepare_devices, work
 from moejax.sweeps.runners.pool import STOPPED
 from moejax.sweeps.store.directory import open_sweep
+from moejax.sweeps.store.fair_rates import read_rates
 from moejax.sweeps.store.records import read_definition, read_records
 from moejax.sweeps.tables import at_fraction
 from moejax.training.multihost.signals import StopSignals
@@ -104,6 +107,13 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         "width",
         ["width", "steps"],
         "with --match: what is changed",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "fair",
+        "",
+        ["", "learning_rate"],
+        "each setting at its own best, which short trials find before",
         flag_values=values,
     )
     define_runners(values)
@@ -180,9 +190,17 @@ def _sweep(values: FlagValues, axes: list[str]) -> None:
     _check_flags(values)
     directory = None if values["dry-run"].value else _directory(values)
     plan = _plan(values, axes)
+    if values.fair:
+        check_fair(values, plan)
+        log.info("%s", describe_trials(plan))
     if directory is None:
         print_plan(values, plan, pack_arms(plan.arms, values.pack))
         return
+    if values.fair:
+        found = train_trials(values, directory, plan)
+        if found is None:
+            return
+        plan = found
     if train_arms(values, directory, plan, match=values.match):
         _finish(values, directory)
 
@@ -263,7 +281,8 @@ def _finish(values: FlagValues, directory: Path) -> None:
     found = {"compared": len(compared), "left out": len(left_out), "report": str(path)}
     rows = settings_rows(compared, read_definition(directory)["arms"])
     if values.json:
-        print_result(found | {"settings": rows}, is_json=True)
+        rates = {"fair": read_rates(directory)}
+        print_result(found | {"settings": rows} | rates, is_json=True)
         return
     if rows:
         print_table(

@@ -16,6 +16,7 @@ from moejax.inspection.html import Markup
 from moejax.inspection.report.page import Section, details, render_page, table
 from moejax.inspection.runs.token_keys import comparison_note
 from moejax.sweeps.report.effect_plots import effects, has_one_seed
+from moejax.sweeps.report.fair_section import fair_section
 from moejax.sweeps.report.interaction_plots import interactions
 from moejax.sweeps.report.plots import count, fronts, parallel
 from moejax.sweeps.report.scale import level_name
@@ -38,13 +39,16 @@ Entries = Sequence[Mapping[str, Any]]
 """Of all arms in `sweep.json`."""
 
 
-def build_sweep_page(frame: pd.DataFrame, definition: Mapping[str, Any], name: str = "") -> str:
+def build_sweep_page(
+    frame: pd.DataFrame, definition: Mapping[str, Any], name: str = "", rates: Entries = ()
+) -> str:
     """Renders the page.
 
     Args:
       frame: rows of the arms that have ended, from `sweep_tables.frame_of`.
       definition: what `sweep.json` holds.
       name: of the sweep, its title; without one it is the recipe.
+      rates: learning rates that trials found, from `store.fair_rates`.
 
     Returns:
       An HTML document.
@@ -55,6 +59,7 @@ def build_sweep_page(frame: pd.DataFrame, definition: Mapping[str, Any], name: s
     sections: list[Section] = [
         ("summary", "What was swept", summary),
         *_compared_sections(compared, planned),
+        *_fair_sections(rates),
         ("left-out", "Arms that are not compared", _left_out(frame, left_out, planned)),
     ]
     recipe = str(definition.get("recipe") or "")
@@ -84,6 +89,10 @@ def _compared_sections(compared: pd.DataFrame, planned: Entries) -> list[Section
         ("parallel", "All settings at once", parallel(settings, axes, is_one_seed)),
         ("fronts", "Loss against drops and time", traded),
     ]
+
+
+def _fair_sections(rates: Entries) -> list[Section]:
+    return [("rates", "Learning rates", fair_section(rates))] if rates else []
 
 
 def _token_note(axes: Iterable[str]) -> Markup:

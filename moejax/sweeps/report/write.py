@@ -6,6 +6,7 @@ from moejax.inspection.report.page import write_page
 from moejax.paths import resolve_path
 from moejax.sweeps.report.page import build_sweep_page
 from moejax.sweeps.store.directory import join_records
+from moejax.sweeps.store.fair_rates import read_rates
 from moejax.sweeps.store.records import read_definition
 from moejax.sweeps.tables import frame_of
 
@@ -25,5 +26,7 @@ def build_sweep_report(directory: str | Path) -> Path:
     rows = join_records(directory)
     return write_page(
         directory / FILE_NAME,
-        build_sweep_page(frame_of(rows), read_definition(directory), directory.name),
+        build_sweep_page(
+            frame_of(rows), read_definition(directory), directory.name, read_rates(directory)
+        ),
     )
