@@ -19,8 +19,10 @@ from moejax.config.of_evaluation import MOE_OF_TRAINING as MOE_OF_TRAINING
 from moejax.config.of_evaluation import OF_COMPUTATION as OF_COMPUTATION
 from moejax.config.of_evaluation import is_of_weights as is_of_weights
 from moejax.config.parameter_groups import ParameterGroup as ParameterGroup
+from moejax.config.parameter_groups import is_named as is_named
 from moejax.config.parameter_groups import kind_of as kind_of
 from moejax.config.parameter_groups import read_groups as read_groups
+from moejax.config.parameter_groups import read_names as read_names
 from moejax.config.resolve import default as default
 from moejax.config.resolve import given_leaves as given_leaves
 from moejax.config.resolve import resolve as resolve

@@ -47,10 +47,20 @@ class ParameterGroup:
     clip_norm: float = 0.0
 
     def has(self, path: str) -> bool:
-        """Whether a parameter is of the kind, or fits the pattern."""
-        if self.name in KINDS:
-            return kind_of(path) == self.name
-        return fnmatch.fnmatchcase(path, self.name)
+        """Whether a parameter is in the group, unless one before it has it."""
+        return is_named(path, self.name)
+
+
+def is_named(path: str, name: str) -> bool:
+    """Whether a parameter is of a kind, or fits a pattern of paths.
+
+    Args:
+      path: of the parameter, such as `stacks/0/block/ffn/router/kernel`.
+      name: one of `KINDS`, or a pattern such as `*/router/*`.
+    """
+    if name in KINDS:
+        return kind_of(path) == name
+    return fnmatch.fnmatchcase(path, name)
 
 
 def kind_of(path: str) -> str:
@@ -80,18 +90,37 @@ def read_groups(text: str) -> tuple[ParameterGroup, ...]:
             f"optimizer.groups: {format_value(entry)!r} must have the form NAME: CHANGES, such as "
             "router: rate=0.3",
         )
-        is_pattern = any(character in name for character in "*?[/")
-        if name not in KINDS and not is_pattern:
-            raise ConfigError(
-                f"optimizer.groups: {format_value(name)!r} is no kind of parameters; the nearest "
-                f"is {nearest(name, KINDS)}, and a pattern of paths has a * or a /"
-            )
+        check_name("optimizer.groups", name)
         require(
             name not in [group.name for group in groups],
             f"optimizer.groups names {name} twice; join both entries",
         )
         groups.append(ParameterGroup(name, **_read_changes(entry, changes)))
     return tuple(groups)
+
+
+def read_names(key: str, text: str) -> tuple[str, ...]:
+    """Returns kinds and patterns from a list such as "router, stacks/0/*".
+
+    Raises:
+      ConfigError: an entry that is neither a kind nor a pattern, or is there twice.
+    """
+    names: list[str] = []
+    for name in filter(None, map(str.strip, text.split(","))):
+        check_name(key, name)
+        require(name not in names, f"{key} names {name} twice; leave one out")
+        names.append(name)
+    return tuple(names)
+
+
+def check_name(key: str, name: str) -> None:
+    """Raises `ConfigError` unless a name is a kind of parameters or a pattern of paths."""
+    is_pattern = any(character in name for character in "*?[/")
+    if name not in KINDS and not is_pattern:
+        raise ConfigError(
+            f"{key}: {format_value(name)!r} is no kind of parameters; the nearest is "
+            f"{nearest(name, KINDS)}, and a pattern of paths has a * or a /"
+        )
 
 
 def _read_changes(entry: str, text: str) -> dict[str, float]:

@@ -85,11 +85,13 @@ def estimate_memory(config: Config, num_devices: int) -> Memory:
     residual_width = model.d_model * model.num_layers
     activation_bytes = FLOAT32_BYTES if model.compute_dtype == "float32" else FLOAT32_BYTES // 2
     num_logits = microbatch_tokens * config.vocab_size // sizes["tensor"]
-    moment_bytes = parameters if config.optimizer.moments_dtype == "float32" else parameters // 2
+    # How many of them are frozen is not counted: at the least, all are.
+    trained = 0 if config.optimizer.frozen else parameters
+    moment_bytes = trained if config.optimizer.moments_dtype == "float32" else trained // 2
     return Memory(
         parameters=parameters,
         moments=MOMENTS[config.optimizer.name] * moment_bytes,
-        gradients=parameters,
+        gradients=trained,
         batch=BATCH_BYTES * tokens,
         activations=activation_bytes * microbatch_tokens * residual_width,
         logits=FLOAT32_BYTES * min(num_logits, LARGEST_CHUNK),

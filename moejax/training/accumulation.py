@@ -12,6 +12,7 @@ from flax import nnx
 from moejax.config import Knobs
 from moejax.data.batches import Batch
 from moejax.training.losses import BatchSums, add_sums, count_targets, forward_sums, losses
+from moejax.training.optimizers.frozen import join_params, split_frozen
 from moejax.training.state import TrainSetup
 
 Microbatch = tuple[Batch, jax.Array | None]
@@ -28,6 +29,8 @@ def loss_and_gradients(
 ) -> tuple[nnx.State, BatchSums]:
     """Returns the gradients of the total loss of the global batch, and its sums.
 
+    Frozen parameters have no gradient, and none is computed.
+
     With accumulation, microbatch i has every a-th row. The balance loss is a product of means over
     the global batch, so its gradient in one microbatch depends on the sums of all: a first pass,
     forward only, collects them; the second differentiates each microbatch with the sums of the
@@ -42,9 +45,11 @@ def loss_and_gradients(
       keys_B: from `row_keys`.
     """
     config = setup.config
+    trained, frozen = split_frozen(config.optimizer, params)
 
-    def sums_of(params: nnx.State, microbatch: Microbatch) -> BatchSums:
+    def sums_of(trained: nnx.State, microbatch: Microbatch) -> BatchSums:
         rows, keys_b = microbatch
+        params = join_params(trained, frozen)
         model = nnx.merge(setup.graphdef, params, router_state)
         return forward_sums(model, rows, knobs, keys_b)
 
@@ -53,17 +58,17 @@ def loss_and_gradients(
 
     if config.train.accumulation == 1:
 
-        def loss(params):
-            sums = sums_of(params, (batch, keys_B))
+        def loss(trained):
+            sums = sums_of(trained, (batch, keys_B))
             return total_loss(sums), sums
 
-        return jax.grad(loss, has_aux=True)(params)
+        return jax.grad(loss, has_aux=True)(trained)
 
     microbatches = _split((batch, keys_B), config.train.accumulation)
     if config.num_moe_layers:
 
         def sums_without_margins(microbatch):
-            return _split_off_margins(sums_of(params, microbatch))
+            return _split_off_margins(sums_of(trained, microbatch))
 
         whole, margins = _sum_over(sums_without_margins, add_sums, microbatches)
     else:
@@ -71,11 +76,11 @@ def loss_and_gradients(
         whole, margins = BatchSums(jnp.float32(0), count_targets(batch), ()), ()
 
     def gradients_of(microbatch):
-        def loss(params):
-            sums, _ = _split_off_margins(sums_of(params, microbatch))
+        def loss(trained):
+            sums, _ = _split_off_margins(sums_of(trained, microbatch))
             return total_loss(_with_gradient_of(sums, whole)), sums
 
-        gradients_and_sums = jax.grad(loss, has_aux=True)(params)
+        gradients_and_sums = jax.grad(loss, has_aux=True)(trained)
         return gradients_and_sums, None
 
     (grads, sums), _ = _sum_over(gradients_of, _add_gradients_and_sums, microbatches)

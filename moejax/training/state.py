@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from moejax.config import Config
 from moejax.models import Decoder
 from moejax.sharding import replicated, tree_shardings
+from moejax.training.optimizers.frozen import trained_params
 from moejax.training.optimizers.make import make_optimizer
 
 
@@ -61,7 +62,7 @@ class TrainSetup:
         """Returns a state at step 0 with given weights, whose buffers it takes over."""
 
         def fresh(params, router_state):
-            return _fresh(params, router_state, self.optimizer)
+            return _fresh(params, router_state, self.config, self.optimizer)
 
         with jax.set_mesh(self.mesh):
             begin = jax.jit(fresh, out_shardings=self.shardings, donate_argnums=(0, 1))
@@ -70,17 +71,17 @@ class TrainSetup:
     def _init(self, key: jax.Array) -> TrainState:
         model = Decoder(self.config, rngs=nnx.Rngs(params=key))
         _, params, router_state = split_model(model)
-        return _fresh(params, router_state, self.optimizer)
+        return _fresh(params, router_state, self.config, self.optimizer)
 
 
 def make_train_setup(config: Config, mesh: Mesh) -> TrainSetup:
     """Prepares everything about a run that is known before any array exists."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
     graphdef, params, router_state = split_model(model)
-    optimizer = make_optimizer(config.optimizer, params)
+    optimizer = make_optimizer(config.optimizer, trained_params(config.optimizer, params))
 
     def fresh(params, router_state):
-        return _fresh(params, router_state, optimizer)
+        return _fresh(params, router_state, config, optimizer)
 
     abstract = jax.eval_shape(fresh, params, router_state)
     shardings = _shardings(abstract, mesh)
@@ -135,6 +136,7 @@ def logical_axes(state: nnx.State) -> nnx.State:
 def _fresh(
     params: nnx.State,
     router_state: nnx.State,
+    config: Config,
     optimizer: optax.GradientTransformationExtraArgs,
 ) -> TrainState:
     """Returns a state at step 0."""
@@ -143,7 +145,7 @@ def _fresh(
         step=zero,
         params=params,
         router_state=router_state,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(trained_params(config.optimizer, params)),
         skipped=zero,
         skipped_in_row=zero,
     )

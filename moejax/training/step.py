@@ -17,6 +17,7 @@ from moejax.sharding import batch_sharding, replicated
 from moejax.training.accumulation import loss_and_gradients
 from moejax.training.learning_rate import learning_rate_at
 from moejax.training.losses import BatchSums, losses
+from moejax.training.optimizers.frozen import join_params, split_frozen
 from moejax.training.router_state import (
     schedule_router_state,
     state_arrays,
@@ -139,12 +140,20 @@ def _updated(
 def apply_gradients(
     setup: TrainSetup, state: TrainState, grads: nnx.State, learning_rate: jax.Array
 ) -> tuple[nnx.State, optax.OptState]:
-    """Returns the parameters and the state of the optimizer after a step."""
+    """Returns the parameters and the state of the optimizer after a step.
+
+    Args:
+      setup: the run's fixed part.
+      state: before the step.
+      grads: of the parameters that are trained.
+      learning_rate: of the step.
+    """
+    trained, frozen = split_frozen(setup.config.optimizer, state.params)
     updates, opt_state = setup.optimizer.update(
-        grads, state.opt_state, state.params, learning_rate=learning_rate
+        grads, state.opt_state, trained, learning_rate=learning_rate
     )
-    params = optax.apply_updates(state.params, updates)
-    return params, opt_state
+    trained = optax.apply_updates(trained, updates)
+    return join_params(trained, frozen), opt_state
 
 
 def _is_finite(updated: TrainState, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:

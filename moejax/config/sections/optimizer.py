@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from moejax.config.errors import require
-from moejax.config.parameter_groups import read_groups
+from moejax.config.parameter_groups import read_groups, read_names
 from moejax.config.schema.leaf import leaf
 from moejax.config.schema.needs import value
 
@@ -80,10 +80,15 @@ class OptimizerConfig:
         "parameters with a learning rate, decay or clipping of their own, such as "
         "'router: rate=0.3 weight_decay=0; experts: clip_norm=0.5'",
     )
+    frozen: str = leaf(
+        "",
+        "parameters that are not trained: kinds or patterns of paths, such as "
+        "'router, embedding, stacks/0/*'",
+    )
 
 
 def validate_optimizer(optimizer: OptimizerConfig) -> None:
-    """Raises `ConfigError` for a schedule longer than the run, or groups that cannot be read."""
+    """Raises `ConfigError` for a schedule longer than the run, or names that cannot be read."""
     fractions = optimizer.warmup_fraction
     if optimizer.schedule == "wsd":
         fractions += optimizer.decay_fraction
@@ -94,3 +99,4 @@ def validate_optimizer(optimizer: OptimizerConfig) -> None:
         "lower one",
     )
     read_groups(optimizer.groups)
+    read_names("optimizer.frozen", optimizer.frozen)

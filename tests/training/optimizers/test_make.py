@@ -270,7 +270,7 @@ def test_a_group_is_clipped_by_its_own_norm_and_then_all_by_the_global_one():
 
 def test_a_group_without_parameters_is_refused_and_the_first_that_fits_counts():
     params = random_params()
-    with pytest.raises(ConfigError, match="no parameter of the model is in shared"):
+    with pytest.raises(ConfigError, match="no parameter that is trained is in shared"):
         make_optimizer(OptimizerConfig(groups="shared: rate=2"), params)
     with pytest.raises(ConfigError, match="in no group before it"):
         make_optimizer(OptimizerConfig(groups="*/ffn/*: rate=2; router: rate=3"), params)
