@@ -15,6 +15,7 @@ from absl.flags import FlagValues
 from ml_collections import config_flags
 
 from moejax.cli import UsageError
+from moejax.cli.init_source import complete_source
 from moejax.cli.recipe import define_recipe
 from moejax.cli.vocabulary import complete_vocabulary
 from moejax.config import Config, MeshConfig, resolve
@@ -35,7 +36,7 @@ def define_config(values: FlagValues, arguments: list[str], default: str | None 
 
 
 def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config:
-    """Returns the resolved configuration; in the recipe, the tokenizer's file becomes absolute.
+    """Returns the resolved configuration; paths in the recipe become absolute.
 
     Args:
       values: parsed flags.
@@ -50,6 +51,7 @@ def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config
     recipe_text(values)  # raises the error where there is none
     overrides = config_flags.get_override_values(values["config"])
     complete_vocabulary(values.config)
+    complete_source(values.config)
     return resolve(values.config, typed=overrides, varied=varied)
 
 

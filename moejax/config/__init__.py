@@ -46,6 +46,8 @@ from moejax.config.sections.alarms import AlarmConfig as AlarmConfig
 from moejax.config.sections.attention import AttentionConfig as AttentionConfig
 from moejax.config.sections.data import BYTE_VOCAB_SIZE as BYTE_VOCAB_SIZE
 from moejax.config.sections.data import DataConfig as DataConfig
+from moejax.config.sections.init import InitConfig as InitConfig
+from moejax.config.sections.init import read_renames as read_renames
 from moejax.config.sections.mesh import MeshConfig as MeshConfig
 from moejax.config.sections.model import ModelConfig as ModelConfig
 from moejax.config.sections.moe import MoeConfig as MoeConfig

@@ -10,6 +10,7 @@ from moejax.config.schema.tree import declared
 from moejax.config.sections.alarms import validate_alarms
 from moejax.config.sections.attention import validate_attention
 from moejax.config.sections.data import validate_data
+from moejax.config.sections.init import validate_init
 from moejax.config.sections.moe import MoeConfig
 from moejax.config.sections.optimizer import validate_optimizer
 from moejax.config.sections.root import Config
@@ -30,6 +31,7 @@ def validate(config: Config) -> None:
     _validate_vocabulary(config)
     validate_train(config.train)
     validate_optimizer(config.optimizer)
+    validate_init(config.init)
     validate_alarms(config.alarms)
 
 

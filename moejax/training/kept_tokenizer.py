@@ -11,6 +11,7 @@ from moejax.config import Config, ConfigError
 from moejax.data import Tokenizer, load_tokenizer
 from moejax.data.tokenizers import check_rows, open_tokenizer
 from moejax.data.tokenizers.ids import IdTokenizer
+from moejax.training.forking.source import find_source
 
 log = logging.getLogger("moejax")
 
@@ -27,8 +28,8 @@ def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
         embedding has rows.
       DataError: the copy, or that file, is missing or damaged.
     """
-    has_copy = (workdir / "tokenizer.json").exists()
-    copy = load_tokenizer(workdir) if has_copy else None
+    begun_in = _where_begun(workdir, config)
+    copy = load_tokenizer(begun_in) if begun_in else None
     if not config.data.has_tokenizer_file or isinstance(copy, IdTokenizer):
         return copy
     file = config.data.tokenizer
@@ -39,7 +40,16 @@ def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
     check_rows(tokenizer, config.vocab_size, f"data.tokenizer={file}")
     if copy is not None and copy.fingerprint != tokenizer.fingerprint:
         raise ConfigError(
-            f"data.tokenizer={file} is not the tokenizer that {workdir} was begun with: it, or a "
+            f"data.tokenizer={file} is not the tokenizer that {begun_in} was begun with: it, or a "
             "file beside it, has changed; restore it, or choose another --workdir"
         )
     return tokenizer
+
+
+def _where_begun(workdir: Path, config: Config) -> Path | None:
+    """Returns the folder with the tokenizer of a run: its own, or that of its source."""
+    if (workdir / "tokenizer.json").exists():
+        return workdir
+    if config.init.source:
+        return find_source(config.init, workdir).workdir
+    return None

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 
@@ -15,6 +15,7 @@ from moejax.locks import FolderLock
 from moejax.models.parameters import count_parameters
 from moejax.training.checkpoints.checkpoint import CheckpointError, Checkpoints
 from moejax.training.evaluation import Evaluation
+from moejax.training.forking.fork import Beginning, beginning_of, fork_state, lineage_of
 from moejax.training.health.alarms import AlarmError
 from moejax.training.health.nonfinite import NonFiniteError
 from moejax.training.health.speed import median_speed
@@ -117,20 +118,32 @@ class TrainingRun:
             if state is None:
                 check_not_converted(self.workdir)
                 warn_of_lost_checkpoints(self.workdir)
+                if self.config.init.source:
+                    return fork_state(self.setup, self.seed, self.workdir)
                 return self.setup.init(self.seed)
         if step:  # a run that begins with weights of others continues none
             log_changes(self.checkpoints.config(step), self.config, step)
         return state
 
+    def beginning(self) -> Beginning:
+        """Returns how far the run is when it begins."""
+        return beginning_of(self.config, self.workdir)
+
     def open(self, start_step: int) -> RunFiles:
         """Opens its files, and drops what they and the checkpoints hold of later steps."""
         self.checkpoints.drop_after(start_step)
         self.step = start_step
+        notes: dict[str, Any] = {}
+        if start_step in self.checkpoints.steps():
+            notes = self.checkpoints.notes(start_step) if start_step else {}
+        elif start_step:
+            notes = {"tokens": self.beginning().num_tokens}
         self.files = RunFiles(
             self.workdir,
             self.config,
             self.checkpoints,
             start_step,
+            notes,
             name=self.name,
             num_arms=self.num_arms,
         )
@@ -201,7 +214,18 @@ def common_start(runs: Sequence[TrainingRun]) -> int:
         raise CheckpointError(
             f"arms of a pack have checkpoints of no common step ({listed}); train them apart"
         )
-    return common
+    return common or _common_beginning(runs)
+
+
+def _common_beginning(runs: Sequence[TrainingRun]) -> int:
+    """Returns the step at which all runs begin."""
+    steps = [run.beginning().step for run in runs]
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"arms of a pack begin at different steps, {steps}, as init.state=all says; train "
+            "them apart"
+        )
+    return steps[0]
 
 
 def common_step(steps: Sequence[Sequence[int]]) -> int:
@@ -254,7 +278,8 @@ def open_run_directory(
         corpus = prepare(config.data, kept_tokenizer(workdir, config))
     if is_first():
         parameters = count_parameters(config)
-        write_run_directory(workdir, config, parameters, corpus.directory.name, command)
+        lineage = lineage_of(config, workdir)
+        write_run_directory(workdir, config, parameters, corpus.directory.name, command, lineage)
         if not has_tokenizer:
             corpus.tokenizer.save(workdir)
     return corpus

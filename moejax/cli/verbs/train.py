@@ -1,10 +1,12 @@
 """Train a configuration in a run directory, or continue it from its newest checkpoint.
 
   moejax train --config=configs/tiny_moe.py --workdir=runs/tiny_moe --config.moe.num_experts=16
+  moejax train --config=runs/a/config.json --init=runs/a:400 --workdir=runs/b
 
-SIGINT and SIGTERM save the state and exit 0; the same command continues. Several processes, each
-with the same command, train one model on all their devices with --distributed, or with
---coordinator, --num_processes and --process_id: docs/pods.md.
+--init=DIR[:STEP] begins with the weights of another run; the section init of the configuration
+says what is taken. SIGINT and SIGTERM save the state and exit 0; the same command continues.
+Several processes, each with the same command, train one model on all their devices with
+--distributed, or with --coordinator, --num_processes and --process_id: docs/pods.md.
 """
 
 import logging
@@ -16,6 +18,7 @@ import jax
 from absl import flags
 from absl.flags import FlagValues
 
+from moejax.cli.init_source import take_init_flag
 from moejax.cli.options import (
     define_config,
     define_json,
@@ -48,6 +51,12 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_workdir(values, "the run directory; default runs/NAME-OF-THE-RECIPE")
     define_json(values)
     define_processes(values)
+    flags.DEFINE_string(
+        "init",
+        "",
+        "begin with the weights of another run, DIR or DIR:STEP; the same as config.init.source",
+        flag_values=values,
+    )
     flags.DEFINE_bool("report", True, "write report.html at the end", flag_values=values)
 
 
@@ -56,10 +65,17 @@ def run(values: FlagValues, rest: list[str]) -> None:
     with distributed_context(values, "train"):
         if not is_first():  # process 0 logs what all would log
             logging.getLogger("moejax").setLevel(logging.WARNING)
-        config = primary_first(lambda: read_config_flag(values))
+        config = primary_first(lambda: _read_config(values))
         agree(to_dict(config), "recipe and flags")
         keep_compilation_cache()
         _train(values, config)
+
+
+def _read_config(values: FlagValues) -> Config:
+    """Returns the resolved configuration, with the source of `--init`."""
+    recipe_text(values)  # raises the error where there is none
+    take_init_flag(values)
+    return read_config_flag(values)
 
 
 def _train(values: FlagValues, config: Config) -> None:

@@ -9,6 +9,7 @@ from moejax.config.loss_specs import LOSS_SPECS
 from moejax.config.sections.alarms import AlarmConfig
 from moejax.config.sections.attention import AttentionConfig
 from moejax.config.sections.data import BYTE_VOCAB_SIZE, DataConfig
+from moejax.config.sections.init import InitConfig
 from moejax.config.sections.mesh import MeshConfig
 from moejax.config.sections.model import ModelConfig
 from moejax.config.sections.moe import MoeConfig
@@ -30,6 +31,7 @@ class Config:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    init: InitConfig = InitConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     alarms: AlarmConfig = AlarmConfig()
     mesh: MeshConfig = MeshConfig()

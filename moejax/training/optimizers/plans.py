@@ -49,8 +49,8 @@ def plans_of(config: OptimizerConfig, params: nnx.State) -> dict[str, Plan]:
     for group in groups:
         if group not in used:
             raise ConfigError(
-                f"optimizer.groups: no parameter that is trained is in {group.name} and in no group "
-                f"before it; leave it out, or name one of {', '.join(sorted(plans))}"
+                f"optimizer.groups: no parameter that is trained is in {group.name} and in no "
+                f"group before it; leave it out, or name one of {', '.join(sorted(plans))}"
             )
     return plans
 

@@ -65,6 +65,16 @@ def changes(saved: Config, wanted: Config) -> list[Change]:
     return found
 
 
+def changes_of_weights(saved: Config, wanted: Config) -> list[Change]:
+    """Returns the leaves with which the same weights mean something else, and that are read."""
+    found = []
+    for change in changes(saved, wanted):
+        is_relevant = is_read(saved, change.key) or is_read(wanted, change.key)
+        if is_relevant and is_of_weights(change.key) and not _is_moved_tokenizer(change):
+            found.append(change)
+    return found
+
+
 def first_change(saved: Config, wanted: Config, *, has_begun: bool = True) -> Change | None:
     """Returns the first difference that makes it another run; None if there is none.
 

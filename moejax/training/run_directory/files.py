@@ -36,8 +36,9 @@ class RunFiles:
     Args:
       workdir: the run directory.
       config: of the run.
-      checkpoints: of the run, from which `start_step` was restored unless it is 0.
+      checkpoints: of the run.
       start_step: steps done.
+      notes: of the checkpoint of `start_step`, or what a run that begins there knows of them.
       name: of the run, in the log; "" where there is only one.
       num_arms: among which the time of a step is shared out.
 
@@ -52,6 +53,7 @@ class RunFiles:
         config: Config,
         checkpoints: Checkpoints,
         start_step: int,
+        notes: Mapping[str, Any],
         *,
         name: str = "",
         num_arms: int = 1,
@@ -67,7 +69,6 @@ class RunFiles:
         # If one file cannot be opened the others are closed: they write in threads.
         with ExitStack() as opened:
             if is_first():
-                notes = checkpoints.notes(start_step) if start_step else {}
                 carried = _carried(notes)
                 self._open(workdir, start_step, len(carried), notes, name, opened)
                 self._corpus = recorded_corpus(workdir)
@@ -127,7 +128,8 @@ class RunFiles:
 
     def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Adds an evaluation, which a signal had cut off, to the checkpoint of its step."""
-        if math.isfinite(evaluation.loss):
+        is_saved = step in self._checkpoints.steps()
+        if is_saved and math.isfinite(evaluation.loss):
             self._checkpoints.add_metrics(step, {"eval/loss": evaluation.loss})
 
     def save(self, state: TrainState, evaluation: Evaluation | None) -> None:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,7 @@ def write_run_directory(
     parameters: ParameterCount,
     corpus: str | None,
     command: str,
+    lineage: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Creates the directory if need be and writes `config.json`.
 
@@ -159,6 +160,7 @@ def write_run_directory(
       corpus: identifies the prepared rows; a run is continued only on the rows it began with. None:
         it has none yet, for its weights were converted.
       command: the command that trains it.
+      lineage: of a run that begins with the weights of others: these runs, the nearest first.
 
     Raises:
       ConfigError: the directory holds a run on other data, or cannot be written.
@@ -181,6 +183,8 @@ def write_run_directory(
         "numerics": numerics(),
         "command": command,
     }
+    if lineage:
+        content["lineage"] = list(lineage)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
@@ -222,6 +226,25 @@ def _recorded_facts(workdir: Path) -> Any:
     """Returns what `config.json` says; empty without one."""
     run = RunDirectory(workdir)
     return _read_facts(run) if run.config.exists() else {}
+
+
+def recorded_lineage(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the runs whose weights a run began with, as `config.json` says, nearest first."""
+    facts = _recorded_facts(workdir)
+    lineage = facts.get("lineage", []) if isinstance(facts, dict) else []
+    is_sound = isinstance(lineage, list) and all(map(_is_source, lineage))
+    if not is_sound:
+        raise ConfigError(
+            f"{workdir / 'config.json'} is damaged: lineage must be a list of runs with workdir "
+            "and step; restore it from a copy"
+        )
+    return lineage
+
+
+def _is_source(entry: Any) -> bool:
+    """Whether an entry of a lineage names a run and a step."""
+    is_named = isinstance(entry, dict) and isinstance(entry.get("workdir"), str)
+    return is_named and type(entry.get("step")) is int
 
 
 def recorded_corpus(workdir: Path) -> str | None:

@@ -1,0 +1,81 @@
+"""The leaves that say what a run begins with, where that is not a fresh initialisation."""
+
+import dataclasses
+from typing import Literal
+
+from moejax.config.errors import require
+from moejax.config.parameter_groups import read_names
+from moejax.config.schema.leaf import leaf
+from moejax.config.schema.needs import other_than
+
+HAS_SOURCE = other_than("init.source", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """What a run begins with."""
+
+    source: str = leaf("", "run directory whose weights it begins with, DIR or DIR:STEP")
+    state: Literal["weights", "optimizer", "all"] = leaf(
+        "weights",
+        "what is taken besides: nothing, the optimizer's moments, or these and the step, so that "
+        "training goes on where the source stopped",
+        needs=HAS_SOURCE,
+    )
+    include: str = leaf(
+        "",
+        "parameters that are taken, kinds or patterns of paths such as 'experts, stacks/0/*'; "
+        "empty: all",
+        needs=HAS_SOURCE,
+    )
+    exclude: str = leaf(
+        "", "parameters that are not taken but initialised, such as 'router'", needs=HAS_SOURCE
+    )
+    rename: str = leaf(
+        "",
+        "beginnings of paths in the source and here, where they differ, such as "
+        "'stacks/0/=stacks/1/'",
+        needs=HAS_SOURCE,
+    )
+    resize: Literal["refuse", "copy", "fresh"] = leaf(
+        "refuse",
+        "arrays of another shape: an error, more experts as copies, or initialised",
+        needs=HAS_SOURCE,
+    )
+
+
+def validate_init(init: InitConfig) -> None:
+    """Raises `ConfigError` for names that cannot be read, or parts of a whole state."""
+    parts = {
+        "include": init.include,
+        "exclude": init.exclude,
+        "rename": init.rename,
+        "resize": init.resize if init.resize != "refuse" else "",
+    }
+    read_names("init.include", init.include)
+    read_names("init.exclude", init.exclude)
+    read_renames(init.rename)
+    for name, value in parts.items():
+        require(
+            not value or init.state == "weights",
+            f"init.{name}={value} takes a part of the weights, and init.state={init.state} needs "
+            "all of them; use init.state=weights",
+        )
+
+
+def read_renames(text: str) -> dict[str, str]:
+    """Returns beginnings of paths here by those in the source.
+
+    Raises:
+      ConfigError: an entry that is no pair.
+    """
+    renames: dict[str, str] = {}
+    for entry in filter(None, map(str.strip, text.split(","))):
+        before, equals, after = map(str.strip, entry.partition("="))
+        require(
+            bool(before and equals and after),
+            f"init.rename: {entry!r} must have the form SOURCE=HERE, such as stacks/0/=stacks/1/",
+        )
+        require(before not in renames, f"init.rename names {before} twice; leave one out")
+        renames[before] = after
+    return renames
