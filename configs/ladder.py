@@ -1,17 +1,19 @@
 """A ladder: dense, 8 and 32 experts at four budgets of equal active compute.
 
   moejax ladder --config=configs/ladder.py --dry-run
-  moejax ladder --config=configs/ladder.py --dir=runs/ladder --seeds=3
+  moejax ladder --config=configs/ladder.py --dir=runs/ladder
 
-The text is presidential addresses in bytes, so that the vocabulary costs little and no tokenizer
-differs. `rung` is the rule from a budget to a shape; `gate` says what an arm must reach.
+The text is presidential addresses in bytes, so that the vocabulary costs little. `rung` is the rule
+from a budget to a shape: width grows with the sixth root of the compute and depth with the width,
+so that parameters and tokens grow alike; the learning rate falls as the width grows. Arms whose
+`sweep` sets a width, as a scan does, keep the rule for everything else.
 """
 
 from ml_collections import ConfigDict
 
 from moejax import config as moejax_config
 
-BUDGETS = (1e12, 4e12, 1.6e13, 6e13)
+BUDGETS = (1e12, 3e12, 1e13, 3e13)
 
 
 def get_config() -> ConfigDict:
@@ -37,7 +39,7 @@ def rung(budget: float, arm: dict) -> dict:
         "attention.num_heads": width // 16,
         "attention.num_kv_heads": width // 16,
         "train.batch_size": 16,
-        "optimizer.learning_rate": 0.01 * (64 / width) ** 0.5,
+        "optimizer.learning_rate": round(0.0135 * 64 / width, 5),
     }
 
 

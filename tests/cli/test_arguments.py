@@ -233,9 +233,9 @@ def test_a_home_folder_is_expanded_and_refused_first_if_it_cannot_be_written(
 def test_a_word_that_means_nothing_to_a_verb_is_refused_by_every_verb(refused):
     for verb in VERBS:
         for word in ("banana", "moe.num_experts=8", "--banana", "--banana=3"):
-            config = [f"--config={DEBUG}"] if verb in ("train", "sweep", "config") else []
+            config = [f"--config={DEBUG}"] if verb in ("train", "sweep", "ladder", "config") else []
             is_axis = "=" in word and not word.startswith("-")
-            if verb == "sweep" and is_axis:
+            if verb in ("sweep", "ladder") and is_axis:
                 continue
             error = refused([verb, *config, word])
             name = word.lstrip("-").partition("=")[0]

@@ -48,7 +48,10 @@ def _middle(values: list[float]) -> Interval:
 
 
 def sample_laws(
-    measured: Measurements, arms: Sequence[str], num_rungs: int, num_samples: int = NUM_SAMPLES
+    measured: Measurements,
+    laws: Mapping[str, Law],
+    num_rungs: int,
+    num_samples: int = NUM_SAMPLES,
 ) -> LawSamples:
     """Fits laws to resampled seeds.
 
@@ -58,7 +61,7 @@ def sample_laws(
 
     Args:
       measured: losses.
-      arms: that have a loss at each of these rungs.
+      laws: of the arms that have a loss at each of these rungs.
       num_rungs: how many, from the cheapest on, laws are fitted to.
       num_samples: of the bootstrap.
     """
@@ -67,7 +70,7 @@ def sample_laws(
         return LawSamples(())
     random = np.random.default_rng(0)
     stretch = math.sqrt(num_seeds / (num_seeds - 1))
-    stretched = {arm: _stretch(measured.loss[arm], stretch) for arm in arms}
+    stretched = {arm: _stretch(measured.loss[arm], stretch) for arm in laws}
     samples = []
     for _ in range(num_samples):
         drawn_RS = random.integers(num_seeds, size=(num_rungs, num_seeds))
@@ -77,7 +80,7 @@ def sample_laws(
             curves[arm] = curve_of(measured.budgets[:num_rungs], sample_RS)
         # A sample may have drawn nothing but missing runs at a rung.
         if all(len(budgets) == num_rungs for budgets, _ in curves.values()):
-            samples.append(fit_laws(curves))
+            samples.append(fit_laws(curves, laws))
     return LawSamples(tuple(samples))
 
 

@@ -57,18 +57,22 @@ class Law:
         return math.exp(log_budget) if log_budget < 700 else math.inf
 
 
-def fit_laws(curves: Mapping[str, Curve]) -> dict[str, Law]:
+def fit_laws(
+    curves: Mapping[str, Curve], near: Mapping[str, Law] | None = None
+) -> dict[str, Law]:
     """Fits the laws of several arms, which share E.
 
     Args:
       curves: losses over budgets, by arm.
+      near: laws of nearly the same losses, from which the fit starts; None tries several starts.
 
     Raises:
       LawError: an arm with fewer than three rungs, or losses that are not positive.
     """
     _check(curves)
     scaled = _Scaled.from_curves(curves)
-    return scaled.fit()
+    starts = scaled.best_starts() if near is None else [scaled.start_at(near)]
+    return scaled.fit(starts)
 
 
 def _check(curves: Mapping[str, Curve]) -> None:
@@ -114,12 +118,24 @@ class _Scaled:
         unit = float(np.mean(logs))
         return cls(tuple(curves), unit, np.array(arms), np.array(logs) - unit, np.array(losses))
 
-    def fit(self) -> dict[str, Law]:
-        """Returns the laws by arm, from the best of several starts."""
+    def best_starts(self) -> list[np.ndarray]:
+        """Returns the best of several values of E, with what follows for the arms."""
         lowest = float(self.loss_P.min())
         starts = [self._start(lowest * part) for part in np.linspace(0.02, 0.98, 25)]
         starts.sort(key=self._cost)
-        found = [self._improve(start, lowest) for start in starts[:3]]
+        return starts[:3]
+
+    def start_at(self, laws: Mapping[str, Law]) -> np.ndarray:
+        """Returns the parameters of known laws."""
+        own = [laws[name] for name in self.names]
+        E = min(own[0].E, 0.999 * float(self.loss_P.min()))
+        log_A_K = [math.log(law.A) - law.a * self.unit for law in own]
+        return np.array([E, *log_A_K, *[law.a for law in own]])
+
+    def fit(self, starts: Sequence[np.ndarray]) -> dict[str, Law]:
+        """Returns the laws by arm, from the best of several starts."""
+        lowest = float(self.loss_P.min())
+        found = [self._improve(start, lowest) for start in starts]
         theta = min(found, key=self._cost)
         E, log_A_K, a_K = self._split(theta)
         laws = {}
@@ -149,6 +165,15 @@ class _Scaled:
         power_P = np.exp(log_A_K[self.arm_P] - a_K[self.arm_P] * self.x_P)
         return np.log(E + power_P) - np.log(self.loss_P)
 
+    def _jacobian(self, theta: np.ndarray) -> Float[np.ndarray, "P T"]:
+        """Returns the derivatives of the residuals."""
+        E, log_A_K, a_K = self._split(theta)
+        power_P = np.exp(log_A_K[self.arm_P] - a_K[self.arm_P] * self.x_P)
+        is_own_PK = self.arm_P[:, None] == np.arange(len(self.names))[None]
+        of_E_P1 = 1 / (E + power_P)[:, None]
+        of_A_PK = power_P[:, None] * of_E_P1 * is_own_PK
+        return np.concatenate([of_E_P1, of_A_PK, -self.x_P[:, None] * of_A_PK], axis=1)
+
     def _cost(self, theta: np.ndarray) -> float:
         """Returns the Huber loss of the residuals, as `least_squares` defines it."""
         squares_P = np.square(self._residuals(theta) / HUBER)
@@ -159,7 +184,14 @@ class _Scaled:
         num_arms = len(self.names)
         low = [0.0] + [-50.0] * num_arms + [SMALLEST_EXPONENT] * num_arms
         high = [lowest] + [50.0] * num_arms + [LARGEST_EXPONENT] * num_arms
+        inside = np.clip(start, np.array(low) + 1e-9, np.array(high) - 1e-9)
         found = least_squares(
-            self._residuals, start, bounds=(low, high), loss="huber", f_scale=HUBER, x_scale="jac"
+            self._residuals,
+            inside,
+            self._jacobian,
+            bounds=(low, high),
+            loss="huber",
+            f_scale=HUBER,
+            x_scale="jac",
         )
         return found.x

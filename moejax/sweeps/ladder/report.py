@@ -161,7 +161,7 @@ def _fit(measured: Measurements, num_rungs: int) -> tuple[dict[str, FittedLaw], 
         if len(budgets) == num_rungs:
             curves[arm] = (budgets, losses)
     laws = fit_laws(curves)
-    samples = sample_laws(measured, tuple(laws), num_rungs)
+    samples = sample_laws(measured, laws, num_rungs)
     fitted = {}
     for arm, law in laws.items():
         intervals = [samples.interval(arm, number) for number in ("E", "A", "a")]
