@@ -105,6 +105,12 @@ SPECIMENS = {
     "optimizer.decay_fraction": (0.1, {"optimizer.schedule": "wsd"}),
     "optimizer.muon_momentum": (0.9, {"optimizer.name": "muon"}),
     "optimizer.adam_rate": (0.5, {"optimizer.name": "muonh"}),
+    "optimizer.frozen": ("router, */mixer/*", {}),
+    "init.state": ("optimizer", {"init.source": "runs/a"}),
+    "init.include": ("experts, stacks/0/*", {"init.source": "runs/a"}),
+    "init.exclude": ("router", {"init.source": "runs/a"}),
+    "init.rename": ("stacks/0/=stacks/1/", {"init.source": "runs/a"}),
+    "init.resize": ("copy", {"init.source": "runs/a"}),
     "optimizer.groups": ("router: rate=0.3; */mixer/*: weight_decay=0", {}),
 }
 """Values of leaves whose type does not suggest one, and what must change with them."""

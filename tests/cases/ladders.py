@@ -36,6 +36,6 @@ def measurements(laws=None, *, noise=0.0, shared=0.0, num_seeds=3, seed=0, budge
         loss=loss,
         seconds={arm: np.full(shape, 10.0 * ratios[arm]) for arm in laws},
         params_total={arm: sizes_R * ratios[arm] for arm in laws},
-        params_active={arm: sizes_R for arm in laws},
+        params_active=dict.fromkeys(laws, sizes_R),
         tokens={arm: np.array(budgets) / 6 / sizes_R for arm in laws},
     )

@@ -32,6 +32,7 @@ from moejax.moe.balancing.losses import auxiliary_losses
 from moejax.moe.layer import MoE
 from moejax.training import router_state
 from moejax.training.learning_rate import make_schedule
+from moejax.training.optimizers.frozen import trained_params
 from moejax.training.optimizers.make import make_optimizer
 from moejax.training.run_directory.changes import first_change
 
@@ -167,7 +168,7 @@ def test_every_leaf_of_the_optimizer_is_read_or_refused(schedule, name, monkeypa
     recorder = Recorder(monkeypatch, OptimizerConfig)
     make_schedule(config.optimizer, 100)
     params = jax.tree.map(lambda w: nnx.Param(w, axes=("embed",)), {"w": jnp.ones(2)})
-    make_optimizer(config.optimizer, nnx.State(params))
+    make_optimizer(config.optimizer, trained_params(config.optimizer, nnx.State(params)))
     monkeypatch.undo()
     for field in dataclasses.fields(OptimizerConfig):
         if field.name in recorder.names | {"learning_rate"}:  # which is a knob

@@ -51,6 +51,8 @@ class Value:
         """Such as `data.source=files`."""
         if self.is_excluded and self.values == (0,):
             return f"{self.key} above 0"
+        if self.is_excluded and self.values == ("",):
+            return f"{self.key}, which is empty"
         relation = " other than " if self.is_excluded else "="
         return f"{self.key}{relation}{_listed(self.values)}"
 

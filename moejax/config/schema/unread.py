@@ -187,8 +187,10 @@ def _explain(config: Config, each: Declared) -> str:
             f"{given} does nothing: moe.per_layer={config.moe.per_layer!r} "
             f"sets it in every layer; {leave}"
         )
+    deciding = _deciding_values(config, need)
+    where = f" with {deciding}" if deciding else ""
     return (
-        f"{given} does nothing with {_deciding_values(config, need)}: "
+        f"{given} does nothing{where}: "
         f"it needs {each.needs_text}; set that, or {leave}"
     )
 

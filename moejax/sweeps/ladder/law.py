@@ -57,9 +57,7 @@ class Law:
         return math.exp(log_budget) if log_budget < 700 else math.inf
 
 
-def fit_laws(
-    curves: Mapping[str, Curve], near: Mapping[str, Law] | None = None
-) -> dict[str, Law]:
+def fit_laws(curves: Mapping[str, Curve], near: Mapping[str, Law] | None = None) -> dict[str, Law]:
     """Fits the laws of several arms, which share E.
 
     Args:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import Config, ConfigError
+from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.checkpoints.meta import MODEL_FIELDS, manifest, split_items
 from moejax.training.forking.fit import OF_EXPERTS, Array, Fit, fit_arrays
 from moejax.training.forking.source import find_source
@@ -71,21 +72,31 @@ def fork_state(setup: TrainSetup, seed: int, workdir: Path) -> TrainState:
             _, *trees = checkpoints.restore_model(source.step)
             state = _with_weights(setup, seed, source_setup, trees)
         else:
-            _check_optimizer(setup, source_setup)
-            state = checkpoints.restore(source.step)
-            if state is None:
-                raise ConfigError(f"init.source={config.init.source} holds no step {source.step}")
-            state = jax.device_put(state, setup.shardings)
-            if config.init.state == "optimizer":
-                state = dataclasses.replace(state, step=jnp.zeros_like(state.step))
-            elif source.step >= config.train.num_steps:
-                raise ConfigError(
-                    f"train.num_steps={config.train.num_steps} must be above {source.step}, the "
-                    f"step at which init.source={config.init.source} begins with init.state=all"
-                )
+            state = _with_optimizer(setup, source_setup, checkpoints, source.step)
     for change in changes_of_weights(source.config, config):
         log.info("init: %s=%s here, %s in the source", change.key, change.wanted, change.saved)
     return state
+
+
+def _with_optimizer(
+    setup: TrainSetup, source_setup: TrainSetup, checkpoints: Checkpoints, step: int
+) -> TrainState:
+    """Returns the whole state of a source, at its step or at step 0."""
+    init = setup.config.init
+    _check_optimizer(setup, source_setup)
+    num_steps = setup.config.train.num_steps
+    if init.state == "all" and step >= num_steps:
+        raise ConfigError(
+            f"train.num_steps={num_steps} must be above {step}, the step at which "
+            f"init.source={init.source} begins with init.state=all"
+        )
+    restored = checkpoints.restore(step)
+    if restored is None:
+        raise ConfigError(f"init.source={init.source} holds no step {step}; name another")
+    state: TrainState = jax.device_put(restored, setup.shardings)
+    if init.state == "all":
+        return state
+    return dataclasses.replace(state, step=jnp.zeros_like(state.step))
 
 
 def _with_weights(

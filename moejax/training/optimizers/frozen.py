@@ -5,7 +5,6 @@ from typing import Any
 from flax import nnx
 
 from moejax.config import ConfigError, OptimizerConfig, is_named, read_names
-from moejax.training.optimizers.matrices import map_params
 
 
 def split_frozen(config: OptimizerConfig, params: nnx.State) -> tuple[nnx.State, nnx.State]:
@@ -48,8 +47,7 @@ def join_params(trained: nnx.State, frozen: nnx.State) -> nnx.State:
 
 
 def _check_names(names: tuple[str, ...], params: nnx.State) -> None:
-    paths: list[str] = []
-    map_params(lambda path, param: paths.append(path) or param, params)
+    paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)]
     for name in names:
         if not any(is_named(path, name) for path in paths):
             raise ConfigError(

@@ -53,7 +53,7 @@ def test_the_budget_of_a_loss_inverts_the_law():
 
 
 def test_losses_that_determine_no_law_are_refused():
-    with pytest.raises(LawError, match="dense has losses at 2 rungs, .* needs 3; train more"):
+    with pytest.raises(LawError, match=r"dense has losses at 2 rungs, .* needs 3; train more"):
         fit_laws(curves(budgets=BUDGETS[:2]))
     with pytest.raises(LawError, match=r"one has a loss of -1.0"):
         fit_laws({"one": (BUDGETS[:3], [3.0, 2.0, -1.0])})

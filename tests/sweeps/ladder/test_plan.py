@@ -87,5 +87,5 @@ def test_what_cannot_be_a_ladder_is_refused(points, budgets, found, message):
 
 def test_two_rungs_of_one_configuration_are_refused():
     """Their budgets are too close for a step more."""
-    with pytest.raises(SweepError, match="is the same at 1.00 GFLOP and at the next budget"):
+    with pytest.raises(SweepError, match=r"is the same at 1\.00 GFLOP and at the next budget"):
         plan_ladder(SMALL, [{E: 4}], (1e9, 1.0001e9), lambda budget, arm: {}, num_seeds=1)
