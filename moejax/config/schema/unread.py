@@ -189,10 +189,7 @@ def _explain(config: Config, each: Declared) -> str:
         )
     deciding = _deciding_values(config, need)
     where = f" with {deciding}" if deciding else ""
-    return (
-        f"{given} does nothing{where}: "
-        f"it needs {each.needs_text}; set that, or {leave}"
-    )
+    return f"{given} does nothing{where}: it needs {each.needs_text}; set that, or {leave}"
 
 
 def _shown(each: Declared, value: Any) -> str:
