@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moejax.config.loss_specs import with_loss_weights
 from moejax.config.sections.root import Config
 
-NOT_OF_MOE = ("seed", "learning_rate")
+NOT_OF_MOE = ("seed", "learning_rate", "logit_z_weight")
 """Knobs whose leaves are in other sections than `moe`."""
 
 
@@ -18,7 +18,7 @@ NOT_OF_MOE = ("seed", "learning_rate")
 class Knobs:
     """Traced float32 scalars, which change no array shape.
 
-    So changing them recompiles nothing, and they can be `vmap`ped. Each but the first two has the
+    So changing them recompiles nothing, and they can be `vmap`ped. Each but the first three has the
     name of its leaf in `moe`. Where that leaf is 0, its term may be left out of the compiled
     program, and the knob has no effect.
 
@@ -26,6 +26,7 @@ class Knobs:
       seed: `train.seed`, int32, for the random draws of training; the initial weights and the order
         of rows take it from the configuration.
       learning_rate: `optimizer.learning_rate`, the highest; the schedule multiplies it.
+      logit_z_weight: `train.logit_z_weight`.
       capacity_factor: limits the slots used per expert; buffers have the size of
         `moe.capacity_factor`, so larger values have no effect.
       jitter: half the width of the uniform factor on the router's input.
@@ -37,6 +38,7 @@ class Knobs:
 
     seed: jax.Array
     learning_rate: jax.Array
+    logit_z_weight: jax.Array
     capacity_factor: jax.Array
     jitter: jax.Array
     noise_scale: jax.Array
@@ -53,6 +55,7 @@ class Knobs:
         return cls(
             seed=jnp.int32(config.train.seed),
             learning_rate=jnp.float32(config.optimizer.learning_rate),
+            logit_z_weight=jnp.float32(config.train.logit_z_weight),
             **of_moe,
         )
 

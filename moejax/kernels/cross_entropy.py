@@ -6,11 +6,10 @@ computes those of a chunk again. Fused kernels can take the place of `cross_entr
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels.matmul import dense
@@ -64,6 +63,18 @@ class Head:
         return jnp.where(is_token_V[None, None], logits_BLV, NO_TOKEN)
 
 
+class TokenLosses(NamedTuple):
+    """What the logits say of each target, float32.
+
+    Attributes:
+      nats_BL: its cross-entropy.
+      log_z_BL: the log-sum-exp of its logits, of whose square a z-loss is the mean.
+    """
+
+    nats_BL: jax.Array
+    log_z_BL: jax.Array
+
+
 def cross_entropy(
     hidden_BLD: Float[Array, "B L D"],
     head: Head,
@@ -71,8 +82,8 @@ def cross_entropy(
     *,
     num_parts: int = 1,
     length_parts: int = 1,
-) -> Float[Array, "B L"]:
-    """Returns the cross-entropy of each target in nats, float32.
+) -> TokenLosses:
+    """Returns the cross-entropy of each target in nats, and its log-sum-exp.
 
     Args:
       hidden_BLD: normalised hidden states, in the compute dtype.
@@ -89,16 +100,18 @@ def cross_entropy(
     missing = -length % (num_chunks * length_parts)
     hidden_NBlD = _split_positions(hidden_BLD, num_chunks, missing)
     targets_NBl = _split_positions(targets_BL, num_chunks, missing)
-    nats_NBl = _cross_entropy_in_turn(hidden_NBlD, head, targets_NBl)
-    return _join_positions(nats_NBl)[:, :length]
+    chunks = _cross_entropy_in_turn(hidden_NBlD, head, targets_NBl)
+    return TokenLosses(*(_join_positions(x_NBl)[:, :length] for x_NBl in chunks))
 
 
-def _cross_entropy_at_once(hidden_BLD, head: Head, targets_BL) -> jax.Array:
+def _cross_entropy_at_once(hidden_BLD, head: Head, targets_BL) -> TokenLosses:
     logits_BLV = head.logits(hidden_BLD)
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
+    of_target_BL1 = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)
+    log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    return TokenLosses(log_z_BL - of_target_BL1[..., 0], log_z_BL)
 
 
-def _cross_entropy_in_turn(hidden_NBlD, head: Head, targets_NBl) -> jax.Array:
+def _cross_entropy_in_turn(hidden_NBlD, head: Head, targets_NBl) -> TokenLosses:
     """Returns the cross-entropy of N chunks of positions, one chunk after the other."""
     dtype = head.weight_VD.dtype
     # The gradient of the weight is a sum over chunks, which must be kept in float32.
@@ -112,8 +125,8 @@ def _cross_entropy_in_turn(hidden_NBlD, head: Head, targets_NBl) -> jax.Array:
     def body(carry, chunk):
         return carry, one_chunk(*chunk)
 
-    _, nats_NBl = jax.lax.scan(body, None, (hidden_NBlD, targets_NBl))
-    return nats_NBl
+    _, losses = jax.lax.scan(body, None, (hidden_NBlD, targets_NBl))
+    return losses
 
 
 def _split_positions(x_BLX: jax.Array, num_chunks: int, missing: int) -> jax.Array:

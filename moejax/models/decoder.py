@@ -17,7 +17,7 @@ from moejax.config import (
     active_top_k_of,
     parse_schedule,
 )
-from moejax.kernels.cross_entropy import Head, cross_entropy
+from moejax.kernels.cross_entropy import Head, TokenLosses, cross_entropy
 from moejax.models.blocks import Block, Context, InterleavedBlock, Stack
 from moejax.models.shortcut_block import ShortcutBlock
 from moejax.moe.balancing.stats import RoutingStats
@@ -154,8 +154,13 @@ class Decoder(nnx.Module):
 
     def cross_entropy(
         self, hidden_BLD: Float[Array, "B L D"], targets_BL: Int[Array, "B L"]
-    ) -> Float[Array, "B L"]:
-        """Returns the cross-entropy of targets in nats, float32, from normalised hidden states."""
+    ) -> TokenLosses:
+        """Returns the cross-entropy of targets, and their log-sum-exps.
+
+        Args:
+          hidden_BLD: normalised hidden states.
+          targets_BL: ids of the tokens that follow.
+        """
         length_parts, logits_parts = parts_of_logits()
         return cross_entropy(
             hidden_BLD,

@@ -72,8 +72,9 @@ def loss_and_gradients(
 
         whole, margins = _sum_over(sums_without_margins, add_sums, microbatches)
     else:
-        # Cross-entropy is linear in its sum: only the number of targets matters to the gradient.
-        whole, margins = BatchSums(jnp.float32(0), count_targets(batch), ()), ()
+        # These losses are linear in their sums: only the number of targets matters to the gradient.
+        nothing = jnp.float32(0)
+        whole, margins = BatchSums(nothing, nothing, count_targets(batch), ()), ()
 
     def gradients_of(microbatch):
         def loss(trained):

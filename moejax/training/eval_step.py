@@ -11,7 +11,7 @@ from moejax.data.batches import Batch
 from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 from moejax.moe.router.by_token import coactivation, experts_by_token
 from moejax.sharding import replicated
-from moejax.training.losses import BatchSums, count_targets, forward
+from moejax.training.losses import BatchSums, forward, sum_losses
 from moejax.training.state import TrainSetup
 
 PROBE_TOKENS = 512
@@ -64,14 +64,14 @@ def eval_step_of(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalO
         overrides: RoutingOverrides = AS_TRAINED,
     ) -> EvalOutput:
         model = nnx.merge(setup.graphdef, params, router_state)
-        nats_BL, routing = forward(model, batch, None, None, trace=True, overrides=overrides)
+        losses, routing = forward(model, batch, None, None, trace=True, overrides=overrides)
         by_domain_G2 = None
         if num_domains:
-            by_domain_G2 = _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains)
+            by_domain_G2 = _sum_by_domain(losses.nats_BL, batch, domains_BL[0], num_domains)
         sums_only = tuple(
             dataclasses.replace(stats, quantile_margins_TE=None, routing=None) for stats in routing
         )
-        sums = BatchSums(nats_BL.sum(), count_targets(batch), sums_only)
+        sums = sum_losses(losses, batch, sums_only)
         if not routing:
             return EvalOutput(sums, nats_by_domain_G2=by_domain_G2)
         experts_NTK = experts_by_token([stats.routing for stats in routing], num_choices)

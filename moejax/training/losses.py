@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from moejax.config import LOSS_SPECS, Config, Knobs
 from moejax.data.batches import Batch
+from moejax.kernels.cross_entropy import TokenLosses
 from moejax.moe.balancing.losses import AuxiliaryLoss, auxiliary_losses
 from moejax.moe.balancing.stats import RoutingStats, add_stats
 from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
@@ -24,12 +25,14 @@ class BatchSums:
 
     Attributes:
       nats: cross-entropy of the language model, float32.
+      log_z_squares: squared log-sum-exps of the logits, float32.
       num_targets: predicted tokens, float32.
       routing: `RoutingStats` of each group of equal MoE layers, stacked by layer; empty for a
         dense model.
     """
 
     nats: jax.Array
+    log_z_squares: jax.Array
     num_targets: jax.Array
     routing: tuple[RoutingStats, ...]
 
@@ -52,8 +55,18 @@ def forward_sums(
       keys_B: a key per row, from which training draws.
       trace: keep token-level routing in the sums of routing.
     """
-    nats_BL, routing = forward(model, batch, knobs, keys_B, trace=trace)
-    return BatchSums(nats_BL.sum(), count_targets(batch), routing)
+    losses, routing = forward(model, batch, knobs, keys_B, trace=trace)
+    return sum_losses(losses, batch, routing)
+
+
+def sum_losses(losses: TokenLosses, batch: Batch, routing: tuple[RoutingStats, ...]) -> BatchSums:
+    """Returns the sums over the targets of a batch, from losses that are 0 elsewhere."""
+    return BatchSums(
+        nats=losses.nats_BL.sum(),
+        log_z_squares=jnp.square(losses.log_z_BL).sum(),
+        num_targets=count_targets(batch),
+        routing=routing,
+    )
 
 
 def forward(
@@ -64,8 +77,8 @@ def forward(
     *,
     trace: bool,
     overrides: RoutingOverrides = AS_TRAINED,
-) -> tuple[jax.Array, tuple[RoutingStats, ...]]:
-    """Returns the cross-entropy of each target, 0 where there is none, and the routing.
+) -> tuple[TokenLosses, tuple[RoutingStats, ...]]:
+    """Returns the losses of each target, 0 where there is none, and the routing.
 
     See `forward_sums` and `Decoder` for the arguments.
     """
@@ -78,8 +91,9 @@ def forward(
         trace=trace,
         overrides=overrides,
     )
-    nats_BL = model.cross_entropy(hidden_BLD, batch.targets_BL)
-    return jnp.where(batch.loss_mask_BL, nats_BL, 0.0), routing
+    losses = model.cross_entropy(hidden_BLD, batch.targets_BL)
+    masked = [jnp.where(batch.loss_mask_BL, loss_BL, 0.0) for loss_BL in losses]
+    return TokenLosses(*masked), routing
 
 
 def add_sums(first: BatchSums, second: BatchSums) -> BatchSums:
@@ -87,6 +101,7 @@ def add_sums(first: BatchSums, second: BatchSums) -> BatchSums:
     pairs = zip(first.routing, second.routing, strict=True)
     return BatchSums(
         nats=first.nats + second.nats,
+        log_z_squares=first.log_z_squares + second.log_z_squares,
         num_targets=first.num_targets + second.num_targets,
         routing=tuple(add_stats(*pair) for pair in pairs),
     )
@@ -101,8 +116,9 @@ def losses(sums: BatchSums, knobs: Knobs, config: Config) -> dict[str, jax.Array
     """Returns the language-model loss, the auxiliary losses and their total.
 
     Returns:
-      `loss/lm` is the mean cross-entropy in nats. `loss/balance`, `loss/z` and others are means
-      over the MoE layers that have them, unweighted, `loss/attention_balance` and so on over the
+      `loss/lm` is the mean cross-entropy in nats, `loss/logit_z` the mean squared log-sum-exp of
+      the logits, which enters by `train.logit_z_weight` (the z-loss of PaLM, Chowdhery et al.
+      2022). `loss/balance`, `loss/z` and others are means over the MoE layers that have them, unweighted, `loss/attention_balance` and so on over the
       routers of attention; `loss/balance_weighted` and so on their contributions to `loss/total`:
       weight times the sum over layers, as in the published systems, where each layer adds its own
       term, and that of its attention times `attention.router_loss_factor`.
@@ -117,8 +133,14 @@ def losses(sums: BatchSums, knobs: Knobs, config: Config) -> dict[str, jax.Array
             f"{num_reported} layers reported routing, and the model has {config.num_moe_layers} "
             "MoE layers"
         )
-    found = {"loss/lm": sums.nats / jnp.maximum(sums.num_targets, 1.0)}
-    total = found["loss/lm"]
+    num_targets = jnp.maximum(sums.num_targets, 1.0)
+    found = {
+        "loss/lm": sums.nats / num_targets,
+        "loss/logit_z": sums.log_z_squares / num_targets,
+    }
+    weighted = knobs.logit_z_weight * found["loss/logit_z"]
+    found["loss/logit_z_weighted"] = weighted
+    total = found["loss/lm"] + weighted
     groups = zip(sums.routing, config.moe_groups, strict=True)
     losses_of_groups = [auxiliary_losses(stats, moe) for stats, moe in groups]
     losses_of_attention = _losses_of_attention(sums.routing, config)

@@ -25,8 +25,8 @@ def bias():
     return jnp.float32(np.random.default_rng(1).normal(size=VOCAB))
 
 
-def nats_by_hand(hidden_BLD, head, targets_BL):
-    """Cross-entropy over the ids that are tokens, in float64."""
+def losses_by_hand(hidden_BLD, head, targets_BL):
+    """Cross-entropy over the ids that are tokens, and their log-sum-exp, in float64."""
     logits_BLV = np.einsum("BLD,VD->BLV", np.float64(hidden_BLD), np.float64(head.weight_VD))
     if head.bias_V is not None:
         logits_BLV += np.float64(head.bias_V)
@@ -36,7 +36,7 @@ def nats_by_hand(hidden_BLD, head, targets_BL):
     logits_BLT = logits_BLV[..., : head.num_tokens]
     log_total_BL = np.log(np.exp(logits_BLT).sum(-1))
     chosen_BL1 = np.take_along_axis(logits_BLT, np.asarray(targets_BL)[..., None], -1)
-    return log_total_BL - chosen_BL1[..., 0]
+    return log_total_BL - chosen_BL1[..., 0], log_total_BL
 
 
 def head_of(weight_VD, bias_V, options, num_tokens=VOCAB - 2):
@@ -68,8 +68,13 @@ def test_cross_entropy_is_that_of_all_logits_in_chunks_of_any_size(
     hidden_BLD, weight_VD, targets_BL, _ = inputs()
     head = head_of(weight_VD, bias(), options, num_tokens)
     run = jax.jit(lambda *arrays: cross_entropy(*arrays))  # compiled again for each size
-    nats_BL = run(hidden_BLD, head, targets_BL)
-    oracle.assert_close(nats_BL, nats_by_hand(hidden_BLD, head, targets_BL))
+    found = run(hidden_BLD, head, targets_BL)
+    oracle.assert_close(tuple(found), losses_by_hand(hidden_BLD, head, targets_BL))
+
+
+def weighted(nats_BL, log_z_BL, factors_BL):
+    """A loss with a share of the squared log-sum-exps."""
+    return ((nats_BL + 0.1 * log_z_BL**2) * factors_BL).sum()
 
 
 def gradients(largest, monkeypatch, options, **parts):
@@ -79,8 +84,7 @@ def gradients(largest, monkeypatch, options, **parts):
 
     def loss(hidden_BLD, weight_VD, bias_V):
         head = head_of(weight_VD, bias_V, options)
-        nats_BL = cross_entropy(hidden_BLD, head, targets_BL, **parts)
-        return (nats_BL * factors_BL).sum()
+        return weighted(*cross_entropy(hidden_BLD, head, targets_BL, **parts), factors_BL)
 
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(hidden_BLD, weight_VD, bias())
 
@@ -94,8 +98,8 @@ def test_gradients_of_a_head_with_all_options_are_those_of_the_formula(monkeypat
     for sign in (1, -1):
         moved_V = np.float64(bias()) + sign * step_V
         head = head_of(weight_VD, moved_V, BIASED)
-        nats_BL = nats_by_hand(hidden_BLD, head, targets_BL)
-        sums.append((nats_BL * np.float64(factors_BL)).sum())
+        losses = losses_by_hand(hidden_BLD, head, targets_BL)
+        sums.append(weighted(*losses, np.float64(factors_BL)))
     slope = (sums[0] - sums[1]) / 2e-4
     assert float(bias_gradient_V[3]) == pytest.approx(slope, rel=1e-4)
 
@@ -126,7 +130,7 @@ def test_the_gradient_of_the_head_is_summed_over_chunks_in_float32(monkeypatch):
     targets_BL = jnp.zeros((1, length), jnp.int32)
 
     def loss(weight_VD):
-        return cross_entropy(hidden_BLD, Head(weight_VD, 2), targets_BL).sum()
+        return cross_entropy(hidden_BLD, Head(weight_VD, 2), targets_BL).nats_BL.sum()
 
     gradient_VD = jax.jit(jax.grad(loss))(jnp.zeros((2, 1), jnp.bfloat16))
     np.testing.assert_array_equal(np.float32(gradient_VD)[:, 0], [-length / 2, length / 2])

@@ -448,6 +448,25 @@ def test_knobs_change_the_loss_without_a_new_compilation():
     )
 
 
+def test_the_z_loss_of_logits_is_the_mean_square_of_their_log_sum_exps():
+    config = small_config()
+    setup = make(config)
+    state = initial_state(setup)
+    batch = put_batch(packed_batch(config), setup)
+    model = nnx.merge(setup.graphdef, state.params, state.router_state)
+    hidden_BLD, _ = model(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
+    logits_BLV = np.asarray(model.logits(hidden_BLD), np.float64)
+    log_z_BL = np.log(np.exp(logits_BLV).sum(-1))
+    expected = np.square(log_z_BL)[np.asarray(batch.loss_mask_BL)].mean()
+    sums = forward_sums(model, batch)
+    for weight in (0.0, 0.3):
+        knobs = dataclasses.replace(Knobs.from_config(config), logit_z_weight=np.float32(weight))
+        found = losses(sums, knobs, config)
+        np.testing.assert_allclose(found["loss/logit_z"], expected, rtol=1e-5)
+        others = found["loss/lm"] + found["loss/balance_weighted"] + found["loss/z_weighted"]
+        np.testing.assert_allclose(found["loss/total"], others + weight * expected, rtol=1e-5)
+
+
 def test_the_learning_rate_knob_scales_the_step():
     config = small_config(optimizer={"weight_decay": 0.0})
     setup = make(config)

@@ -18,6 +18,11 @@ class TrainConfig:
         "seed of the initial weights, the order of rows, and the random draws of training",
         at_least=0,
     )
+    logit_z_weight: float = leaf(
+        0.0,
+        "weight of the z-loss of the logits, the mean of their squared log-sum-exps",
+        at_least=0,
+    )
     log_every: int = leaf(20, "steps between lines of metrics", at_least=1)
     eval_every: int = leaf(
         250, "steps between evaluations, which are also saved; 0: only at the end", at_least=0

@@ -210,5 +210,5 @@ def _count_nats(
     graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, batch: Batch
 ) -> jax.Array:
     model = nnx.merge(graphdef, state)
-    nats_BL = model.cross_entropy(model.final_norm(x_BLD), batch.targets_BL)
+    nats_BL, _ = model.cross_entropy(model.final_norm(x_BLD), batch.targets_BL)
     return jnp.where(batch.loss_mask_BL, nats_BL, 0.0).sum(axis=1)

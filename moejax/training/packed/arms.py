@@ -42,7 +42,7 @@ def program_of(config: Config) -> Config:
     return dataclasses.replace(
         config,
         moe=dataclasses.replace(config.moe, **is_on),
-        train=dataclasses.replace(config.train, seed=0),
+        train=dataclasses.replace(config.train, seed=0, logit_z_weight=0.0),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0),
         alarms=type(config.alarms)(),
     )

@@ -153,7 +153,7 @@ class Outputs:
         tokens_BL, segments_BL, positions_BL = self.inputs()
         hidden_BLD, stats = model(tokens_BL, segments_BL, positions_BL, trace=True)
         targets_BL = jnp.asarray(self._reference["labels"])[:, 1:]
-        nats_BL = model.cross_entropy(hidden_BLD[:, :-1], jnp.maximum(targets_BL, 0))
+        nats_BL, _ = model.cross_entropy(hidden_BLD[:, :-1], jnp.maximum(targets_BL, 0))
         loss = _mean_of_targets(nats_BL, targets_BL >= 0)
         return loss, self._balance_loss(stats, segments_BL)
 
