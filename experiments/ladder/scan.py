@@ -1,6 +1,6 @@
 """Is the rule of `configs/ladder.py` a good one? Other sizes at the compute of two of its rungs.
 
-  moejax ladder --config=experiments/ladder/scan.py --dir=runs/ladder_scan --seeds=1
+moejax ladder --config=experiments/ladder/scan.py --dir=runs/ladder_scan --seeds=1
 """
 
 import runpy

@@ -118,8 +118,9 @@ def losses(sums: BatchSums, knobs: Knobs, config: Config) -> dict[str, jax.Array
     Returns:
       `loss/lm` is the mean cross-entropy in nats, `loss/logit_z` the mean squared log-sum-exp of
       the logits, which enters by `train.logit_z_weight` (the z-loss of PaLM, Chowdhery et al.
-      2022). `loss/balance`, `loss/z` and others are means over the MoE layers that have them, unweighted, `loss/attention_balance` and so on over the
-      routers of attention; `loss/balance_weighted` and so on their contributions to `loss/total`:
+      2022). `loss/balance`, `loss/z` and others are means over the MoE layers that have them,
+      unweighted, `loss/attention_balance` and so on over the routers of attention;
+      `loss/balance_weighted` and so on their contributions to `loss/total`:
       weight times the sum over layers, as in the published systems, where each layer adds its own
       term, and that of its attention times `attention.router_loss_factor`.
 

@@ -15,6 +15,7 @@ from moejax.moe.balancing.metrics import routing_metrics
 from moejax.moe.balancing.stats import RoutingStats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.accumulation import loss_and_gradients
+from moejax.training.health.norms import norms_by_expert, norms_by_kind
 from moejax.training.learning_rate import learning_rate_at
 from moejax.training.losses import BatchSums, losses
 from moejax.training.optimizers.frozen import join_params, split_frozen
@@ -38,7 +39,8 @@ class StepOutput:
         whose statistics are in nothing else.
       routing: sums by layer; None for a dense model.
       layers: `balance.routing_metrics` of each MoE layer, `[N]` each; empty for a dense model.
-      state: `router_state.state_arrays` after the step, `[N, E]` each; empty for a dense model.
+      state: `router_state.state_arrays` after the step and the norms of experts, `[N, E]` each;
+        empty for a dense model.
     """
 
     scalars: dict[str, jax.Array]
@@ -106,7 +108,8 @@ def train_step_of(setup: TrainSetup) -> TrainStep:
         scalars = losses(sums, knobs, config)
         grad_norm = optax.tree.norm(grads)
         learning_rate = learning_rate_at(config, knobs, state.step)
-        updated = _updated(setup, state, grads, learning_rate, sums, knobs)
+        updated, updates = _updated(setup, state, grads, learning_rate, sums, knobs)
+        trees = {"gradient": grads, "update": updates, "weight": state.params}
         is_finite = _is_finite(updated, scalars["loss/total"], grad_norm)
         new_state = _applied_if(is_finite, updated, state, config)
         scalars |= {
@@ -116,7 +119,12 @@ def train_step_of(setup: TrainSetup) -> TrainStep:
             "skipped_steps": new_state.skipped,
             "skipped_in_row": new_state.skipped_in_row,
         }
-        return new_state, _output_of(state.step, sums, new_state, scalars, config)
+        scalars |= norms_by_kind(trees)
+        output = _output_of(state.step, sums, new_state, scalars, config)
+        if output.routing is None:
+            return new_state, output
+        norms = norms_by_expert(trees, output.routing.assignments_E.shape[-1])
+        return new_state, dataclasses.replace(output, state=output.state | norms)
 
     return train_step
 
@@ -128,19 +136,22 @@ def _updated(
     learning_rate: jax.Array,
     sums: BatchSums,
     knobs: Knobs,
-) -> TrainState:
-    """Returns the state after a step that is applied, apart from its counters."""
-    params, opt_state = apply_gradients(setup, state, grads, learning_rate)
+) -> tuple[TrainState, nnx.State]:
+    """Returns the state after a step that is applied, apart from its counters, and the updates."""
+    params, opt_state, updates = apply_gradients(setup, state, grads, learning_rate)
     router_state = state.router_state
     if sums.routing:
         router_state = update_router_state(router_state, sums.routing, setup.config, knobs)
-    return dataclasses.replace(state, params=params, opt_state=opt_state, router_state=router_state)
+    updated = dataclasses.replace(
+        state, params=params, opt_state=opt_state, router_state=router_state
+    )
+    return updated, updates
 
 
 def apply_gradients(
     setup: TrainSetup, state: TrainState, grads: nnx.State, learning_rate: jax.Array
-) -> tuple[nnx.State, optax.OptState]:
-    """Returns the parameters and the state of the optimizer after a step.
+) -> tuple[nnx.State, optax.OptState, nnx.State]:
+    """Returns parameters and the optimizer's state after a step, and what was added.
 
     Args:
       setup: the run's fixed part.
@@ -153,7 +164,7 @@ def apply_gradients(
         grads, state.opt_state, trained, learning_rate=learning_rate
     )
     trained = optax.apply_updates(trained, updates)
-    return join_params(trained, frozen), opt_state
+    return join_params(trained, frozen), opt_state, updates
 
 
 def _is_finite(updated: TrainState, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:

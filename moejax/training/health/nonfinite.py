@@ -109,7 +109,7 @@ def _first_bad_update(setup: TrainSetup, state: TrainState, grads: nnx.State, kn
     """
     learning_rate = learning_rate_at(setup.config, knobs, state.step)
     update = jax.jit(functools.partial(apply_gradients, setup))
-    params, opt_state = update(state, grads, learning_rate)
+    params, opt_state, _ = update(state, grads, learning_rate)
     name = _first_bad(_with_names(opt_state))
     if name:
         return f"the optimizer's {name}"

@@ -11,6 +11,9 @@ from moejax.training.step import StepOutput
 LARGEST = ("logit_max",)
 """Metrics of a layer of which an interval keeps the largest value, not the mean."""
 
+NORMS = ("gradient_norms", "update_norms", "weight_norms")
+"""Norms of the weights of each expert, and of what belongs to them."""
+
 LAYER_METRICS = (
     "max_violation",
     "load_cv",
@@ -47,6 +50,9 @@ class RoutingInterval:
       importance_NE: mean combine weight, before any are dropped.
       idle_steps_NE: steps since each expert was last chosen, at the end.
       bias_NE: selection bias at the end, NaN in layers without one; None if no layer has one.
+      norms: `gradient_norms`, `update_norms` (means over steps) and `weight_norms` (at the end) of
+        the weights of each expert, [N, E], NaN of one that has none; those of frozen ones are
+        absent.
       layers: `LAYER_METRICS`, each [N]: means over the steps in which they were finite, NaN if they
         never were. Of those in `LARGEST` it is the largest value, NaN if one was not finite.
     """
@@ -58,6 +64,7 @@ class RoutingInterval:
     idle_steps_NE: Int[np.ndarray, "N E"]
     bias_NE: Float[np.ndarray, "N E"] | None
     layers: Mapping[str, Float[np.ndarray, "N"]]
+    norms: Mapping[str, Float[np.ndarray, "N E"]] = dataclasses.field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the arrays that `RoutingLog.append` takes."""
@@ -71,6 +78,8 @@ class RoutingInterval:
         }
         if self.bias_NE is not None:
             arrays["bias"] = self.bias_NE
+        for name, norms_NE in self.norms.items():
+            arrays[name] = norms_NE.astype(np.float32)
         return arrays
 
 
@@ -111,7 +120,21 @@ def summarize_routing(outputs: Sequence[StepOutput]) -> RoutingInterval | None:
         idle_steps_NE=np.asarray(state["idle_steps"]),
         bias_NE=np.asarray(state["bias"]) if "bias" in state else None,
         layers=layers,
+        norms=_norms(outputs),
     )
+
+
+def _norms(outputs: Sequence[StepOutput]) -> dict[str, Float[np.ndarray, "N E"]]:
+    """Returns the norms of experts over an interval: means over the steps, of weights the last."""
+    norms = {}
+    for name in NORMS:
+        if name not in outputs[-1].state:
+            continue
+        values_SNE = np.stack([np.asarray(output.state[name]) for output in outputs])
+        norms[name] = values_SNE[-1]
+        if name != "weight_norms":
+            norms[name] = _finite_mean(values_SNE)
+    return norms
 
 
 def _over_steps(name: str, values_SN: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "N"]:
@@ -120,7 +143,12 @@ def _over_steps(name: str, values_SN: Float[np.ndarray, "S N"]) -> Float[np.ndar
     if name in LARGEST:
         is_finite_N = is_finite_SN.all(axis=0)
         return np.where(is_finite_N, values_SN.max(axis=0), np.nan)
-    num_finite_N = is_finite_SN.sum(axis=0)
-    total_N = np.where(is_finite_SN, values_SN, 0.0).sum(axis=0)
-    mean_N = total_N / np.maximum(num_finite_N, 1)
-    return np.where(num_finite_N > 0, mean_N, np.nan)
+    return _finite_mean(values_SN)
+
+
+def _finite_mean(values_SX: np.ndarray) -> np.ndarray:
+    """Returns means over the first axis of the values that are finite; NaN where none is."""
+    is_finite_SX = np.isfinite(values_SX)
+    num_finite_X = is_finite_SX.sum(axis=0)
+    total_X = np.where(is_finite_SX, values_SX, 0.0).sum(axis=0)
+    return np.where(num_finite_X > 0, total_X / np.maximum(num_finite_X, 1), np.nan)

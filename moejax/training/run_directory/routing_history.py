@@ -10,6 +10,7 @@ import tensorstore
 from jaxtyping import Float32, Int64
 
 from moejax.training.run_directory.routing_store import (
+    ADDED,
     ARRAYS,
     RoutingLogError,
     check_stored,
@@ -52,8 +53,10 @@ class RoutingHistory:
             # Read first: what it commits is complete in the other arrays.
             self.steps = finished_steps(step_array)
             names = [name for name in ARRAYS if name != "step"]
-            if not has_checksums(step_array):  # of an earlier version, which had fewer arrays
-                names = [name for name in names if (folder / name).is_dir()]
+            # Earlier versions had fewer arrays.
+            optional = names if not has_checksums(step_array) else ADDED
+            absent = [name for name in optional if not (folder / name).is_dir()]
+            names = [name for name in names if name not in absent]
             self._arrays = {name: open_array(folder, name) for name in names}
             self._check_shapes()
         self.names = tuple(names)

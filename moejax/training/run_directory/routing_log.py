@@ -11,6 +11,8 @@ names the model layer of each row; the arrays grow together by one entry per log
   bias        [S, N, E] float32  selection bias at the end of the interval; NaN where there is none
   layers      [S, N, M] float32  the metrics of a layer over the interval, in the order of the
                                  attribute `metrics`
+  gradient_norms, update_norms  [S, N, E] float32  of each expert's weights, means over the interval
+  weight_norms  [S, N, E] float32  of each expert's weights at the end; NaN where there are none
   step        [S]       int64    the last training step of the interval
 
 `step` is written last and is the commit marker: an entry whose step is absent or -1 was never
@@ -35,6 +37,7 @@ from jaxtyping import Float32, Int
 from moejax.paths import resolve_path
 from moejax.training.run_directory.routing_history import RoutingHistory
 from moejax.training.run_directory.routing_store import (
+    ADDED,
     ARRAYS,
     FOLDER,
     GROUP,
@@ -43,6 +46,7 @@ from moejax.training.run_directory.routing_store import (
     array_shapes,
     check_stored,
     chunk_entries,
+    create_array,
     create_arrays,
     finished_steps,
     has_entries,
@@ -90,11 +94,23 @@ class RoutingLog:
         self._shapes = array_shapes(attributes)
         self._chunk_entries = chunk_entries(self._shapes)
         with naming_damage(self._folder):
-            self._arrays = {name: open_array(self._folder, name) for name in ARRAYS}
-            self._steps = finished_steps(self._arrays["step"]).tolist()
+            self._steps = finished_steps(open_array(self._folder, "step")).tolist()
+            self._arrays = {name: self._open(name) for name in ARRAYS}
             for name, array in self._arrays.items():
                 check_stored(name, array[: len(self._steps)])
             self._cut(len(self._steps))
+
+    def _open(self, name: str) -> tensorstore.TensorStore:
+        """Opens an array; one that the log of an earlier version lacks has fill values."""
+        if name not in ADDED or (self._folder / name).is_dir():
+            return open_array(self._folder, name)
+        array = create_array(self._folder, name, self._shapes)
+        count = len(self._steps)
+        grown = array.resize(exclusive_max=[count, *[None] * (array.rank - 1)]).result()
+        _, fill_value = ARRAYS[name]
+        if count:
+            grown[:count].write(np.float32(fill_value)).result()
+        return grown
 
     def _create_if_absent(self, attributes: dict[str, Any]) -> None:
         """Makes the arrays if there is no log, or only the group file if that alone is lost."""

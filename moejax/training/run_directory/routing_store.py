@@ -32,9 +32,16 @@ ARRAYS: Mapping[str, tuple[str, int | str]] = {
     "idle_steps": ("int32", 0),
     "bias": ("float32", "NaN"),
     "layers": ("float32", "NaN"),
+    "gradient_norms": ("float32", "NaN"),
+    "update_norms": ("float32", "NaN"),
+    "weight_norms": ("float32", "NaN"),
     "step": ("int64", UNFINISHED),
 }
 """Type and fill value of each, in the order in which they are written: `step` is the last."""
+
+
+ADDED = ("gradient_norms", "update_norms", "weight_norms")
+"""Arrays that logs of earlier versions lack."""
 
 
 class RoutingLogError(ValueError):
@@ -58,12 +65,18 @@ def create_arrays(folder: Path, attributes: dict[str, Any]) -> None:
         raise RoutingLogError(
             f"a routing log needs MoE layers and experts, got {attributes}; a dense run has none"
         )
-    num_entries = chunk_entries(shapes)
     for name in ARRAYS:
-        metadata = _metadata(name, shapes[name], num_entries)
-        spec = _spec(folder, name) | {"metadata": metadata}
-        tensorstore.open(spec, create=True, delete_existing=True).result()
+        create_array(folder, name, shapes)
     write_group(folder, attributes)
+
+
+def create_array(
+    folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tensorstore.TensorStore:
+    """Makes one array, empty."""
+    metadata = _metadata(name, shapes[name], chunk_entries(shapes))
+    spec = _spec(folder, name) | {"metadata": metadata}
+    return tensorstore.open(spec, create=True, delete_existing=True).result()
 
 
 def _metadata(name: str, inner: tuple[int, ...], num_entries: int) -> dict[str, Any]:

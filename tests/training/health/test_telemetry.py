@@ -13,7 +13,7 @@ from cases import training as cases
 from moejax.config import Knobs
 from moejax.moe.balancing.metrics import routing_metrics
 from moejax.training.health.speed import median_speed
-from moejax.training.health.telemetry import LAYER_METRICS, summarize_routing
+from moejax.training.health.telemetry import LAYER_METRICS, NORMS, summarize_routing
 from moejax.training.run_directory.metrics import MetricsFile, Recorder
 from moejax.training.run_directory.routing_log import RoutingLog
 from moejax.training.step import make_train_step, put_batch
@@ -120,7 +120,9 @@ def test_the_files_hold_what_the_steps_did_one_interval_late(tmp_path, outputs):
             recorder.add(output)
         recorder.flush()
     expected = summarize_routing(steps).arrays()
-    assert set(expected) == {"counts", "probs", "importance", "idle_steps", "bias", "layers"}
+    assert set(expected) == {
+        "counts", "probs", "importance", "idle_steps", "bias", "layers", *NORMS,
+    }  # fmt: skip
     for name, value in expected.items():
         spec = {"driver": "zarr3", "kvstore": f"file://{tmp_path}/routing/{name}/"}
         stored = tensorstore.open(spec).result()

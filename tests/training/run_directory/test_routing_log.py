@@ -6,6 +6,7 @@ A crash at any moment loses at most the entry that is being written.
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from moejax.training.run_directory import routing_history, routing_log, routing_store
 from moejax.training.run_directory.line_file import LineFile, LineFileError
 from moejax.training.run_directory.routing_log import RoutingLog, read_routing
-from moejax.training.run_directory.routing_store import RoutingLogError
+from moejax.training.run_directory.routing_store import ADDED, FOLDER, RoutingLogError
 
 LAYERS = [1, 3]
 NUM_EXPERTS = 4
@@ -329,6 +330,24 @@ def test_an_array_that_is_absent_reads_as_its_fill_value(tmp_path):
     layers_SNM = routing_log.tensorstore.open(spec).result()[:2].read().result()
     np.testing.assert_array_equal(layers_SNM[0], [[0, 1], [2, 3]])
     assert np.isnan(layers_SNM[1]).all()
+
+
+def test_a_log_of_before_there_were_norms_is_read_and_continued(tmp_path):
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [1, 2])
+    for name in ADDED:
+        shutil.rmtree(tmp_path / FOLDER / name)
+    assert not set(ADDED) & set(read_routing(tmp_path).names)
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    append_steps(log, [3])
+    history = read_routing(tmp_path)
+    assert history.steps.tolist() == [1, 2, 3] and set(ADDED) <= set(history.names)
+    assert np.isnan(history.read("weight_norms")[:2]).all()
+    (tmp_path / "norms").mkdir()
+    complete = RoutingLog(tmp_path / "norms", LAYERS, NUM_EXPERTS)
+    counts_NE, norms_NE = entry(1)
+    complete.append(1, counts_NE, norms_NE, gradient_norms=norms_NE)
+    stored = read_routing(tmp_path / "norms").read("gradient_norms")[0]
+    np.testing.assert_array_equal(stored, norms_NE)
 
 
 def test_a_dense_run_has_no_log_to_create(tmp_path):
