@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from moejax import config as moejax_config
 
-BUDGETS = (1e12, 3e12, 1e13, 3e13)
+BUDGETS = (5e11, 1.5e12, 5e12, 1.5e13)
 
 
 def get_config() -> ConfigDict:
@@ -24,22 +24,23 @@ def get_config() -> ConfigDict:
     config.data.source = "speeches"
     config.data.tokenizer = "bytes"
     config.data.seq_len = 256
+    config.train.batch_size = 8
     config.train.log_every = 50
     config.train.eval_every = 0
+    config.optimizer.learning_rate = 0.01
+    config.mup.base_width = 64
     return config
 
 
 def rung(budget: float, arm: dict) -> dict:
     """Returns the shape of a model at a budget."""
-    width = arm.get("model.d_model") or 16 * round(4 * (budget / 1e12) ** (1 / 6))
+    width = arm.get("model.d_model") or 16 * round(3 * (budget / 1.5e12) ** 0.25)
     return {
         "model.d_model": width,
         "model.num_layers": max(2, round(width / 32)),
         "model.d_ff": 4 * width,
         "attention.num_heads": width // 16,
         "attention.num_kv_heads": width // 16,
-        "train.batch_size": 16,
-        "optimizer.learning_rate": round(0.0135 * 64 / width, 5),
     }
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 LADDER = runpy.run_path(str(Path(__file__).parents[2] / "configs/ladder.py"))
 
-BUDGETS = (1e12, 3e12)
-WIDTHS = (48, 64, 80, 112)
+BUDGETS = (5e11, 5e12)
+WIDTHS = (32, 48, 64, 80)
 
 get_config = LADDER["get_config"]
 rung = LADDER["rung"]

@@ -51,6 +51,7 @@ from moejax.config.sections.init import read_renames as read_renames
 from moejax.config.sections.mesh import MeshConfig as MeshConfig
 from moejax.config.sections.model import ModelConfig as ModelConfig
 from moejax.config.sections.moe import MoeConfig as MoeConfig
+from moejax.config.sections.mup import MupConfig as MupConfig
 from moejax.config.sections.optimizer import OptimizerConfig as OptimizerConfig
 from moejax.config.sections.root import SECTIONS as SECTIONS
 from moejax.config.sections.root import Config as Config
@@ -59,4 +60,8 @@ from moejax.config.sections.schedules import ScheduleConfig as ScheduleConfig
 from moejax.config.sections.schedules import active_top_k_of as active_top_k_of
 from moejax.config.sections.schedules import parse_schedule as parse_schedule
 from moejax.config.sections.train import TrainConfig as TrainConfig
+from moejax.config.transfer import Transfer as Transfer
+from moejax.config.transfer import embedding_deviation as embedding_deviation
+from moejax.config.transfer import folded as folded
+from moejax.config.transfer import folded_moe as folded_moe
 from moejax.config.validation import check_vocabulary as check_vocabulary

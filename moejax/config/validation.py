@@ -12,6 +12,7 @@ from moejax.config.sections.attention import validate_attention
 from moejax.config.sections.data import validate_data
 from moejax.config.sections.init import validate_init
 from moejax.config.sections.moe import MoeConfig
+from moejax.config.sections.mup import validate_mup
 from moejax.config.sections.optimizer import validate_optimizer
 from moejax.config.sections.root import Config
 from moejax.config.sections.schedules import validate_schedules
@@ -32,6 +33,8 @@ def validate(config: Config) -> None:
     validate_train(config.train)
     validate_optimizer(config.optimizer)
     validate_init(config.init)
+    validate_mup(config.mup, config.optimizer.name)
+    _validate_mup_of_layers(config)
     validate_alarms(config.alarms)
 
 
@@ -46,6 +49,24 @@ def _validate_long_texts(config: Config) -> None:
         f"batch decides on the others, and data.seq_len={config.data.seq_len} is above "
         f"attention.rope_original_length={attention.rope_original_length}",
     )
+
+
+def _validate_mup_of_layers(config: Config) -> None:
+    """Requires weights that sum to 1 and one number of experts per token where that is scaled."""
+    if not config.mup.base_width or not config.mup.base_top_k or not config.moe.num_experts:
+        return
+    for kind in filter(None, config.layers):
+        require(
+            kind.top_k == config.moe.top_k,
+            f"mup.base_top_k={config.mup.base_top_k} scales experts for moe.top_k="
+            f"{config.moe.top_k}, and moe.per_layer gives a layer {kind.top_k}; leave top_k out of "
+            "moe.per_layer, or use mup.base_top_k=0",
+        )
+        require(
+            kind.renormalize,
+            f"mup.base_top_k={config.mup.base_top_k} is for weights that sum to 1; use "
+            "moe.renormalize=True, or mup.base_top_k=0",
+        )
 
 
 def _validate_shortcut(config: Config) -> None:

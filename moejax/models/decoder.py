@@ -15,6 +15,9 @@ from moejax.config import (
     LayerGroup,
     MoeConfig,
     active_top_k_of,
+    embedding_deviation,
+    folded,
+    folded_moe,
     parse_schedule,
 )
 from moejax.kernels.cross_entropy import Head, TokenLosses, cross_entropy
@@ -45,9 +48,9 @@ class Decoder(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width = config.model.d_model
         shape = (config.vocab_size, width)
-        # Standard deviation 1/sqrt(D) gives logits of unit scale; `embed` multiplies by sqrt(D) on
-        # the way in, unless the model has another multiplier.
-        init = jax.nn.initializers.normal(width**-0.5)
+        # Without `mup`, standard deviation 1/sqrt(D) gives logits of unit scale; `embed` multiplies
+        # by sqrt(D) on the way in, unless the model has another multiplier.
+        init = jax.nn.initializers.normal(embedding_deviation(config))
         embedding_VD = init(rngs.params(), shape)
         self.embedding = nnx.Param(embedding_VD, axes=("vocab", "embed"))
         self.stacks = nnx.List(make_stacks(config, rngs))
@@ -61,6 +64,8 @@ class Decoder(nnx.Module):
         if config.model.logits_bias:
             self.logits_bias = nnx.Param(jnp.zeros(config.vocab_size), axes=("vocab",))
         self.config = config
+        # What it computes with: the multipliers of `mup` are leaves there.
+        self.model_config = folded(config).model
 
     def __call__(
         self,
@@ -126,14 +131,14 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Returns the residual stream before the first layer."""
-        model = self.config.model
+        model = self.model_config
         embedding_VD = gather_fsdp(self.embedding, model.compute_dtype)
         x_BLD = constrain_tokens(embedding_VD[tokens_BL])
         return x_BLD * (model.embedding_multiplier or model.d_model**0.5)
 
     def head(self) -> Head:
         """Returns the map from normalised hidden states to logits."""
-        model = self.config.model
+        model = self.model_config
         weight = self.embedding if model.tied_embeddings else self.unembedding
         weight_VD = gather_fsdp(weight, model.compute_dtype)
         return Head(
@@ -240,11 +245,11 @@ def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Bloc
     if moe is None:
         return _make_dense_block(config, rngs)
     attention = _make_attention(config, rngs)
-    return Block(config.model, attention, _make_moe(config, moe, rngs))
+    return Block(folded(config).model, attention, _make_moe(config, moe, rngs))
 
 
 def _make_dense_block(config: Config, rngs: nnx.Rngs) -> Block:
-    model = config.model
+    model = folded(config).model
     attention = _make_attention(config, rngs)
     dtype = jnp.dtype(model.compute_dtype)
     network = Network(has_bias=model.ffn_bias)
@@ -254,7 +259,7 @@ def _make_dense_block(config: Config, rngs: nnx.Rngs) -> Block:
 
 def _make_moe(config: Config, moe: MoeConfig, rngs: nnx.Rngs) -> MoE:
     return MoE(
-        moe,
+        folded_moe(config, moe),
         config.model.d_model,
         jnp.dtype(config.model.compute_dtype),
         vocab_size=config.vocab_size,

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from moejax.config import Config
+from moejax.config import Config, Transfer
 from moejax.models import Decoder
 from moejax.sharding import replicated, tree_shardings
 from moejax.training.optimizers.frozen import trained_params
@@ -78,7 +78,8 @@ def make_train_setup(config: Config, mesh: Mesh) -> TrainSetup:
     """Prepares everything about a run that is known before any array exists."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
     graphdef, params, router_state = split_model(model)
-    optimizer = make_optimizer(config.optimizer, trained_params(config.optimizer, params))
+    trained = trained_params(config.optimizer, params)
+    optimizer = make_optimizer(config.optimizer, trained, Transfer.from_config(config))
 
     def fresh(params, router_state):
         return _fresh(params, router_state, config, optimizer)

@@ -13,6 +13,7 @@ from moejax.config.sections.init import InitConfig
 from moejax.config.sections.mesh import MeshConfig
 from moejax.config.sections.model import ModelConfig
 from moejax.config.sections.moe import MoeConfig
+from moejax.config.sections.mup import MupConfig
 from moejax.config.sections.optimizer import OptimizerConfig
 from moejax.config.sections.schedules import ScheduleConfig
 from moejax.config.sections.train import TrainConfig
@@ -32,6 +33,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     init: InitConfig = InitConfig()
+    mup: MupConfig = MupConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     alarms: AlarmConfig = AlarmConfig()
     mesh: MeshConfig = MeshConfig()

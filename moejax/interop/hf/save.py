@@ -19,6 +19,7 @@ from moejax.config import (
     ModelConfig,
     MoeConfig,
     declared,
+    folded,
     resolve,
 )
 from moejax.interop.hf.errors import HfError
@@ -101,7 +102,8 @@ def published_keys(config: Config, family: Family) -> dict[str, Any]:
 
 
 def _with_multiplier(config: Config) -> Config:
-    """Returns the configuration with the factor on embeddings as a number, also if it follows."""
+    """Returns the configuration with its multipliers as leaves, also those that follow."""
+    config = folded(config)
     model = config.model
     multiplier = model.embedding_multiplier or model.d_model**0.5
     model = dataclasses.replace(model, embedding_multiplier=multiplier)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moejax.config import OptimizerConfig, ParameterGroup, read_groups
+from moejax.config import OptimizerConfig, ParameterGroup, Transfer, read_groups
 from moejax.training.optimizers.matrices import axes_of, map_params
 from moejax.training.optimizers.muon import keep_norm
-from moejax.training.optimizers.plans import Plan, plans_of
+from moejax.training.optimizers.plans import NO_TRANSFER, Plan, plans_of
 from moejax.training.optimizers.rules import RULES
 
 Plans = Mapping[str, Plan]
@@ -19,7 +19,7 @@ Plans = Mapping[str, Plan]
 
 
 def make_optimizer(
-    config: OptimizerConfig, params: nnx.State
+    config: OptimizerConfig, params: nnx.State, transfer: Transfer = NO_TRANSFER
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the optimizer of a run.
 
@@ -29,11 +29,12 @@ def make_optimizer(
     Args:
       config: the optimizer's leaves.
       params: parameters with their logical axes.
+      transfer: factors of a model over the one whose learning rate it has.
 
     Raises:
       ConfigError: a group of `optimizer.groups` that no parameter is in.
     """
-    plans = plans_of(config, params)
+    plans = plans_of(config, params, transfer)
     rule = RULES[config.name](config, params)
     return optax.chain(
         _clip(config, plans),

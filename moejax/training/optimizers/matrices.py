@@ -57,6 +57,12 @@ def is_matrix(names: Sequence[str]) -> bool:
     return len(own) > 1
 
 
+def own_axes(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the axes of one matrix or vector, the input side of a matrix first."""
+    axes = axes_of(names)
+    return tuple(names[n] for n in axes.own)
+
+
 def as_matrices(array: jax.Array, axes: Axes) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Returns an array as matrices, `[..., rows, columns]`, and the function that undoes it."""
     order = axes.stacked + axes.rows + axes.columns

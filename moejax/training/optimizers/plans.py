@@ -4,10 +4,19 @@ import dataclasses
 
 from flax import nnx
 
-from moejax.config import ConfigError, OptimizerConfig, ParameterGroup, kind_of, read_groups
-from moejax.training.optimizers.matrices import is_matrix, map_params
+from moejax.config import (
+    ConfigError,
+    OptimizerConfig,
+    ParameterGroup,
+    Transfer,
+    kind_of,
+    read_groups,
+)
+from moejax.training.optimizers.matrices import is_matrix, map_params, own_axes
 
 MUON = ("muon", "muonh")
+
+NO_TRANSFER = Transfer()
 
 NOT_BY_MUON = ("embedding", "norm", "router")
 """Kinds of parameters that Adam trains beside Muon."""
@@ -30,8 +39,15 @@ class Plan:
     keeps_norm: bool
 
 
-def plans_of(config: OptimizerConfig, params: nnx.State) -> dict[str, Plan]:
+def plans_of(
+    config: OptimizerConfig, params: nnx.State, transfer: Transfer = NO_TRANSFER
+) -> dict[str, Plan]:
     """Returns how each parameter is trained, by its path.
+
+    Args:
+      config: the optimizer's leaves.
+      params: parameters with their logical axes.
+      transfer: factors of a model over the one whose learning rate it has.
 
     Raises:
       ConfigError: a group that no parameter is in.
@@ -41,7 +57,7 @@ def plans_of(config: OptimizerConfig, params: nnx.State) -> dict[str, Plan]:
 
     def add(path: str, param: nnx.Variable) -> nnx.Variable:
         group = next((group for group in groups if group.has(path)), None)
-        plans[path] = _plan(config, group, path, param)
+        plans[path] = _plan(config, group, path, param, transfer)
         return param
 
     map_params(add, params)
@@ -56,7 +72,11 @@ def plans_of(config: OptimizerConfig, params: nnx.State) -> dict[str, Plan]:
 
 
 def _plan(
-    config: OptimizerConfig, group: ParameterGroup | None, path: str, param: nnx.Variable
+    config: OptimizerConfig,
+    group: ParameterGroup | None,
+    path: str,
+    param: nnx.Variable,
+    transfer: Transfer,
 ) -> Plan:
     rate, decay = 1.0, config.weight_decay
     if group is not None:
@@ -67,7 +87,9 @@ def _plan(
         rate *= config.adam_rate
     keeps_norm = config.name == "muonh" and by_muon
     decays = is_matrix(param.axes) and not keeps_norm
-    return Plan(group, rate, decay if decays else 0.0, keeps_norm)
+    rule = "adamw" if config.name in MUON and not by_muon else config.name
+    divisor = transfer.divisor(path, own_axes(param.axes), rule)
+    return Plan(group, rate / divisor, decay * divisor if decays else 0.0, keeps_norm)
 
 
 def is_by_muon(path: str, param: nnx.Variable) -> bool:
