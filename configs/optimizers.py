@@ -25,6 +25,7 @@ def get_config(name: str = "muon") -> ConfigDict:
     config.optimizer.name = name
     if name == "muon":
         config.optimizer.muon_momentum = 0.95
+        config.train.logit_z_weight = 1e-4
         config.optimizer.learning_rate = 1e-2
         config.optimizer.adam_rate = 0.5
     if name == "muonh":

@@ -34,6 +34,7 @@ VERBS = {
     "view": "show runs in a browser while they train",
     "sweep": "train many configurations: plan, packs, searches, workers, report",
     "ladder": "train arms at several budgets of compute, fit their laws, judge candidates",
+    "coordcheck": "check that activations keep their size as a model grows",
     "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, "
     "swapped, random",
     "bench": "measure: layer, decode, compiled, compiled_step, step, telemetry, packed, compile, "

@@ -25,14 +25,14 @@ WATCHED = {("alarms", rule) for rule in ALARM_RULES}
 def code_that_reads(path):
     """The syntax tree of a file, without validation.
 
-    Functions of moejax/config only validate, apart from those that derive layers from leaves, and
-    so does all of moejax/config/schema.
+    Functions of moejax/config only validate, apart from those that derive layers or multipliers
+    from leaves, and so does all of moejax/config/schema.
     """
     tree = ast.parse(path.read_text())
     parts = path.relative_to(PACKAGE).parts
     if parts[:2] == ("config", "schema"):
         tree.body = []
-    elif parts[0] == "config" and path.name != "layer_pattern.py":
+    elif parts[0] == "config" and path.name not in ("layer_pattern.py", "transfer.py"):
         tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     return tree
 

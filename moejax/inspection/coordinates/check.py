@@ -26,8 +26,8 @@ TOP_K_FACTORS = (1, 2, 4)
 FLAT = 0.25
 """The largest slope, in the logarithm of both sizes, of what counts as flat.
 
-A factor of 16 in width then changes a size by at most 2; where a rate does not carry over, slopes are
-0.5 to 1.
+A factor of 16 in width then changes a size by at most 2; where a rate does not carry over, slopes
+are 0.5 to 1.
 """
 
 ROWS = 4
@@ -55,12 +55,19 @@ class Line:
 
     @property
     def slope(self) -> float:
-        """The slope of the logarithms; NaN if a value is 0 or not finite."""
+        """The slope of the logarithms; NaN of one size, or if a value is 0 or not finite."""
         values = np.array(self.values)
+        if len(values) < 2:
+            return math.nan
         if not (np.isfinite(values).all() and (values > 0).all()):
             return math.nan
         slope, _ = np.polyfit(np.log(self.sizes), np.log(values), 1)
         return float(slope)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the size is to be flat: logits before the first step are to shrink."""
+        return (self.place, self.what) != ("logits", "activation")
 
     @property
     def is_flat(self) -> bool:
@@ -78,6 +85,7 @@ class Line:
             "values": [value if math.isfinite(value) else None for value in self.values],
             "slope": slope if math.isfinite(slope) else None,
             "is_flat": self.is_flat,
+            "is_judged": self.is_judged,
         }
 
 
