@@ -180,7 +180,8 @@ def test_no_file_imports_itself_through_others():
 
 
 def test_no_folder_has_more_files_than_one_looks_through():
-    folders = {path.parent for path in FILES}
+    # A file a verb, as `moejax --help` lists them.
+    folders = {path.parent for path in FILES} - {PACKAGE / "cli/verbs"}
     counts = {
         inside(folder): len([*folder.glob("*.py")]) - 1 for folder in folders if folder != PACKAGE
     }

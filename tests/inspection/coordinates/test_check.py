@@ -116,9 +116,9 @@ def test_the_command_prints_slopes_and_draws(tmp_path, monkeypatch, capsys):
     assert found["flat"] + found["not flat"] == len([x for x in found["lines"] if x["is_judged"]])
     assert {line["axis"] for line in found["lines"]} == set(AXES)
     assert all(np.isfinite(line["values"]).all() for line in found["lines"])
-    for arguments, message in (
-        (["--steps=0"], "--steps=0 must be at least 1"),
-        (["--figure=x.pdf"], "--figure=x.pdf must end in .svg or .png"),
+    for argument, message in (
+        ("--seeds=0", "--seeds=0 must be at least 1"),
+        ("--figure=x.pdf", "--figure=x.pdf must end in .svg or .png"),
     ):
-        assert main([*base, *arguments]) == 2
+        assert main([*base[:3], argument]) == 2
         assert message in capsys.readouterr().err
