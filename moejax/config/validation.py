@@ -10,7 +10,7 @@ from moejax.config.schema.tree import declared
 from moejax.config.sections.alarms import validate_alarms
 from moejax.config.sections.attention import validate_attention
 from moejax.config.sections.data import validate_data
-from moejax.config.sections.init import validate_init
+from moejax.config.sections.init import validate_init, validate_upcycling
 from moejax.config.sections.moe import MoeConfig
 from moejax.config.sections.mup import validate_mup
 from moejax.config.sections.optimizer import validate_optimizer
@@ -33,6 +33,7 @@ def validate(config: Config) -> None:
     validate_train(config.train)
     validate_optimizer(config.optimizer)
     validate_init(config.init)
+    validate_upcycling(config.init, config.moe)
     validate_mup(config.mup, config.optimizer.name)
     _validate_mup_of_layers(config)
     validate_alarms(config.alarms)

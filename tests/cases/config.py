@@ -116,6 +116,9 @@ SPECIMENS = {
     "init.include": ("experts, stacks/0/*", {"init.source": "runs/a"}),
     "init.exclude": ("router", {"init.source": "runs/a"}),
     "init.rename": ("stacks/0/=stacks/1/", {"init.source": "runs/a"}),
+    "init.upcycle": ("drop", {"init.source": "runs/a"}),
+    "init.upcycle_noise": (0.01, {"init.source": "runs/a", "init.upcycle": "copy"}),
+    "init.upcycle_drop": (0.25, {"init.source": "runs/a", "init.upcycle": "drop"}),
     "init.resize": ("copy", {"init.source": "runs/a"}),
     "optimizer.groups": ("router: rate=0.3; */mixer/*: weight_decay=0", {}),
 }

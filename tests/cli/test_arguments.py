@@ -313,7 +313,7 @@ def test_the_argument_of_a_recipe_reaches_it_or_is_refused(refused, tmp_path):
     assert "ValueError: c:d" in refused(["train", "--config=a:b.py:c:d"])
     with_arguments = {
         "attention.py": "attention has no kind banana; use windows, chunks, latent",
-        "fork.py": "fork has no banana; use trunk, decay, experts, frozen",
+        "fork.py": "fork has no banana; use trunk, decay, experts, frozen, upcycle, drop, granular",
         "gpt_oss_shapes.py": "gpt-oss has no size banana; use 20b or 120b",
         "norms.py": "norms has no kind banana; use sandwich, post, parallel, granite",
         "optimizers.py": "optimizers has no banana; use muon, muonh, adafactor, lion, sgd",

@@ -6,7 +6,8 @@ from typing import Literal
 from moejax.config.errors import require
 from moejax.config.parameter_groups import read_names
 from moejax.config.schema.leaf import leaf
-from moejax.config.schema.needs import other_than
+from moejax.config.schema.needs import other_than, value
+from moejax.config.sections.moe import MoeConfig
 
 HAS_SOURCE = other_than("init.source", "")
 
@@ -42,6 +43,25 @@ class InitConfig:
         "arrays of another shape: an error, more experts as copies, or initialised",
         needs=HAS_SOURCE,
     )
+    upcycle: Literal["none", "copy", "drop", "granular"] = leaf(
+        "none",
+        "experts from the dense layers of the source: each a copy, a copy of which a part is drawn "
+        "again, or segments of a copy",
+        needs=HAS_SOURCE,
+    )
+    upcycle_noise: float = leaf(
+        0.0,
+        "noise on copies, in standard deviations of their weights",
+        at_least=0,
+        needs=value("init.upcycle", "copy"),
+    )
+    upcycle_drop: float = leaf(
+        0.5,
+        "fraction of the hidden units of a copy that are drawn again",
+        at_least=0,
+        at_most=1,
+        needs=value("init.upcycle", "drop"),
+    )
 
 
 def validate_init(init: InitConfig) -> None:
@@ -51,16 +71,37 @@ def validate_init(init: InitConfig) -> None:
         "exclude": init.exclude,
         "rename": init.rename,
         "resize": init.resize if init.resize != "refuse" else "",
+        "upcycle": init.upcycle if init.upcycle != "none" else "",
     }
     read_names("init.include", init.include)
     read_names("init.exclude", init.exclude)
     read_renames(init.rename)
-    for name, value in parts.items():
+    for name, given in parts.items():
         require(
-            not value or init.state == "weights",
-            f"init.{name}={value} takes a part of the weights, and init.state={init.state} needs "
+            not given or init.state == "weights",
+            f"init.{name}={given} takes a part of the weights, and init.state={init.state} needs "
             "all of them; use init.state=weights",
         )
+
+
+def validate_upcycling(init: InitConfig, moe: MoeConfig) -> None:
+    """Raises `ConfigError` for MoE layers that cannot begin as dense ones."""
+    if init.upcycle == "none":
+        return
+    require(
+        moe.num_experts > 0,
+        f"init.upcycle={init.upcycle} makes experts, and moe.num_experts=0; set that",
+    )
+    require(
+        moe.num_shared_experts == 0 and moe.num_choices == moe.num_experts and not moe.d_latent,
+        f"init.upcycle={init.upcycle} makes experts with weights of the model's width alone; use "
+        "no shared, zero, identity, constant or latent experts",
+    )
+    require(
+        moe.renormalize and moe.route_scale == 1,
+        f"init.upcycle={init.upcycle} makes experts whose weights sum to 1; use "
+        "moe.renormalize=True and moe.route_scale=1",
+    )
 
 
 def read_renames(text: str) -> dict[str, str]:

@@ -14,9 +14,13 @@ from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.checkpoints.meta import MODEL_FIELDS, manifest, split_items
 from moejax.training.forking.fit import OF_EXPERTS, Array, Fit, fit_arrays
 from moejax.training.forking.source import find_source
+from moejax.training.forking.upcycle import Upcycling, check_upcycling, upcycle
 from moejax.training.run_directory.changes import changes_of_weights
 from moejax.training.run_directory.layout import recorded_lineage
 from moejax.training.state import TrainSetup, TrainState
+
+UPCYCLING = 0x5EED
+"""Folded into the key of the initial weights, for what upcycling draws."""
 
 log = logging.getLogger("moejax")
 
@@ -70,12 +74,34 @@ def fork_state(setup: TrainSetup, seed: int, workdir: Path) -> TrainState:
     with source.checkpoints(source_setup) as checkpoints:
         if config.init.state == "weights":
             _, *trees = checkpoints.restore_model(source.step)
-            state = _with_weights(setup, seed, source_setup, trees)
+            if config.init.upcycle == "none":
+                state = _with_weights(setup, seed, source_setup, trees)
+            else:
+                state = _upcycled(setup, seed, source.config, trees[0])
         else:
             state = _with_optimizer(setup, source_setup, checkpoints, source.step)
     for change in changes_of_weights(source.config, config):
         log.info("init: %s=%s here, %s in the source", change.key, change.wanted, change.saved)
     return state
+
+
+def _upcycled(setup: TrainSetup, seed: int, source: Config, params: nnx.State) -> TrainState:
+    """Returns a state at step 0 whose experts are made of the networks of a dense model."""
+    check_upcycling(setup.config, source)
+    arrays = {_text("", path): variable[...] for path, variable in nnx.to_flat_state(params)}
+    initial = setup.init(seed)
+    key = jax.random.fold_in(jax.random.key(seed), UPCYCLING)
+
+    def fill(initial: nnx.State, arrays: dict[str, jax.Array]) -> nnx.State:
+        flat = nnx.to_flat_state(initial)
+        own = {_text("", path): variable[...] for path, variable in flat}
+        filled = upcycle(own, arrays, Upcycling(setup.config, source, key))
+        variables = [(path, each.replace(filled[_text("", path)])) for path, each in flat]
+        return nnx.from_flat_state(variables)
+
+    with jax.set_mesh(setup.mesh):
+        made = jax.jit(fill, out_shardings=setup.shardings.params)(initial.params, arrays)
+    return setup.begin(made, initial.router_state)
 
 
 def _with_optimizer(
@@ -153,7 +179,8 @@ def _arrays_of(setup: TrainSetup) -> dict[str, Array]:
 
 
 def _text(field: str, path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, (field, *path)))
+    own = "/".join(map(str, path))
+    return f"{field}/{own}" if field else own
 
 
 def _check_optimizer(setup: TrainSetup, source: TrainSetup) -> None:
