@@ -32,6 +32,7 @@ def get_config(name: str = "trunk") -> ConfigDict:
     config.optimizer.schedule = "wsd"
     config.optimizer.decay_fraction = 0.0
     config.train.keep_checkpoints = 8
+    config.train.average_decay = 0.99
     if name != "trunk":
         config.init.source = "runs/trunk"
     if name == "decay":

@@ -354,6 +354,17 @@ def define_json(values: FlagValues) -> None:
     )
 
 
+def define_average(values: FlagValues) -> None:
+    """Flag of which weights of a run are taken."""
+    flags.DEFINE_string(
+        "average",
+        "",
+        "of weights: moving, as the run keeps it (train.average_decay), or how many of the newest "
+        "checkpoints; default: none",
+        flag_values=values,
+    )
+
+
 def define_mesh(values: FlagValues, text: str) -> None:
     """Defines `--mesh=data=2,expert=4`."""
     flags.DEFINE_string("mesh", "", f"{text}, such as data=2,expert=4", flag_values=values)

@@ -16,6 +16,7 @@ from moejax.moe.expert_parallel.placement import PlacementError, place
 from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 from moejax.paths import resolve_path
 from moejax.sharding import EXPERT_AXES, make_mesh, tree_shardings
+from moejax.training.checkpoints.averages import restore_weights
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
 from moejax.training.program import Program
@@ -32,6 +33,7 @@ def evaluate_run(
     replicas: int | None = None,
     *,
     places: TextPlaces | None = None,
+    average: str = "",
 ) -> tuple[Config, int, Evaluation]:
     """Evaluates a checkpoint on the validation split, with the run's own tokenizer.
 
@@ -43,6 +45,7 @@ def evaluate_run(
       replicas: experts are placed by the load of the run's newest evaluation, with that many
         replicas on each device; None: the identity placement.
       places: where the user says that the run's text is.
+      average: of weights, see `training.checkpoints.averages`.
 
     Returns:
       The run's configuration, the step and the figures.
@@ -55,7 +58,7 @@ def evaluate_run(
     config = read_config(workdir)
     setup = make_eval_setup(config, mesh)
     checkpoints = Checkpoints(workdir, setup, read_only=True)
-    step, params, router_state = checkpoints.restore_model(step)
+    step, params, router_state = restore_weights(checkpoints, step, average)
     overrides = AS_TRAINED
     if replicas is not None:
         setup, params, overrides = _place_by_load(workdir, setup, params, router_state, replicas)

@@ -12,6 +12,7 @@ from moejax.data import Corpus, Tokenizer, load_tokenizer, prepare
 from moejax.models import Decoder
 from moejax.paths import resolve_path
 from moejax.sharding import make_mesh
+from moejax.training.checkpoints.averages import restore_weights
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.run_directory.layout import read_config
 from moejax.training.run_directory.text import TextPlaces, open_run_corpus, said_text
@@ -53,6 +54,7 @@ def load_run(
     workdir: str | Path,
     step: int | None = None,
     mesh: MeshConfig | None = None,
+    average: str = "",
 ) -> LoadedRun:
     """Loads a checkpoint, whatever mesh the run was trained on.
 
@@ -60,6 +62,7 @@ def load_run(
       workdir: the run directory; nothing found in it is executed.
       step: a saved step; None takes the newest.
       mesh: of all devices, over which the weights are split; None loads onto the first device.
+      average: of weights, see `training.checkpoints.averages`.
 
     Raises:
       ConfigError: no readable `config.json`, or the model does not fit the mesh.
@@ -73,7 +76,7 @@ def load_run(
     devices = None if mesh else jax.devices()[:1]
     setup = make_train_setup(here, make_mesh(here, devices))
     checkpoints = Checkpoints(workdir, setup, read_only=True)
-    step, params, router_state = checkpoints.restore_model(step)
+    step, params, router_state = restore_weights(checkpoints, step, average)
     return LoadedRun(
         config=config,
         model=nnx.merge(setup.graphdef, params, router_state),

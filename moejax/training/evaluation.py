@@ -36,6 +36,7 @@ class Evaluation:
         None for a dense model.
       loss_by_domain: mean cross-entropy of the targets of each domain, nats per token; empty unless
         the corpus names several domains.
+      of_average: the same of the moving average of the weights; None where none is kept.
     """
 
     loss: float
@@ -46,6 +47,7 @@ class Evaluation:
     coactivation_NEE: np.ndarray | None = None
     probe_NTK: np.ndarray | None = None
     loss_by_domain: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    of_average: "Evaluation | None" = None
 
     def scalars(self) -> dict[str, float]:
         """Returns the values by their keys in `metrics.jsonl`."""
@@ -54,6 +56,9 @@ class Evaluation:
             "eval/perplexity": self.perplexity,
             "eval/bits_per_byte": self.bits_per_byte,
         }
+        if self.of_average is not None:
+            values["eval/average_loss"] = self.of_average.loss
+            values["eval/average_bits_per_byte"] = self.of_average.bits_per_byte
         for domain, loss in self.loss_by_domain.items():
             values[f"eval/loss/{domain}"] = loss
         if self.load_NE is not None:

@@ -6,11 +6,13 @@ are not finite, ends; its part of the program is still computed, without effect,
 are done.
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,7 +22,7 @@ from moejax.data import Batch, Corpus, TrainBatches, eval_batches
 from moejax.paths import resolve_path
 from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
-from moejax.training.evaluation import domains_of, evaluate
+from moejax.training.evaluation import Evaluation, domains_of, evaluate
 from moejax.training.health.alarms import AlarmError, stop_message
 from moejax.training.health.nonfinite import NonFiniteError, nonfinite_error
 from moejax.training.health.progress import StepProgress
@@ -323,22 +325,31 @@ class Loop:
           noted: those of them that write it, too.
         """
         self.watchdog.other_work(f"the evaluation of step {step}")
+        evaluations = self._evaluate_weights(state, state.params)
+        averages: Sequence[Evaluation | None] = [None] * len(evaluations)
+        if state.average is not None and evaluations:
+            averages = self._evaluate_weights(state, state.average)
+        # None if it was given up.
+        for run, evaluation, average in zip(self.runs, evaluations, averages, strict=False):
+            if run in runs:
+                both = dataclasses.replace(evaluation, of_average=average)
+                run.take_evaluation(step, both, is_noted=run in noted)
+
+    def _evaluate_weights(self, state: TrainState, weights: Any) -> list[Evaluation]:
+        """Returns the evaluation of weights of each run; none if a signal comes meanwhile."""
         microbatch = self.config.batch_size // self.config.accumulation
         rows = rows_of_process(self.program.mesh, microbatch)
         with closing(eval_batches(self.corpus, microbatch, rows=rows)) as batches:
-            evaluations = evaluate(
+            return evaluate(
                 self.program,
                 self.eval_step,
-                state.params,
+                weights,
                 state.router_state,
                 batches,
                 self.corpus.num_bytes["validation"],
                 should_stop=self.stop.poll,
                 domains=self.domains,
             )
-        for run, evaluation in zip(self.runs, evaluations, strict=False):  # or there are none
-            if run in runs:
-                run.take_evaluation(step, evaluation, is_noted=run in noted)
 
     def _give_up_nonfinite(self, state: TrainState) -> None:
         """Ends the runs of which too many steps in a row were not finite."""

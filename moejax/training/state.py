@@ -30,6 +30,7 @@ class TrainState:
       opt_state: moments, sharded like the parameters.
       skipped: steps that were not applied because a value was not finite, int32.
       skipped_in_row: those since the last applied one, int32.
+      average: the moving average of the parameters; None without `train.average_decay`.
     """
 
     step: Any
@@ -38,6 +39,7 @@ class TrainState:
     opt_state: optax.OptState
     skipped: Any
     skipped_in_row: Any
+    average: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,7 @@ def _shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
         opt_state=_shardings_of_moments(abstract.opt_state, mesh),
         skipped=everywhere,
         skipped_in_row=everywhere,
+        average=param_shardings if abstract.average is not None else None,
     )
 
 
@@ -149,4 +152,6 @@ def _fresh(
         opt_state=optimizer.init(trained_params(config.optimizer, params)),
         skipped=zero,
         skipped_in_row=zero,
+        # An array of its own: the buffers of both are given away in a step.
+        average=jax.tree.map(jnp.copy, params) if config.train.average_decay else None,
     )

@@ -143,9 +143,30 @@ def _updated(
     if sums.routing:
         router_state = update_router_state(router_state, sums.routing, setup.config, knobs)
     updated = dataclasses.replace(
-        state, params=params, opt_state=opt_state, router_state=router_state
+        state,
+        params=params,
+        opt_state=opt_state,
+        router_state=router_state,
+        average=averaged(state, params, setup.config.train.average_decay),
     )
     return updated, updates
+
+
+def averaged(state: TrainState, params: nnx.State, decay: float) -> nnx.State | None:
+    """Returns the moving average of the parameters after a step; None where none is kept.
+
+    The first steps decay faster, (1 + t) / (10 + t) after t steps, so that the average does not
+    remember the initial weights for long.
+    """
+    if state.average is None:
+        return None
+    steps = state.step.astype(jnp.float32)
+    kept = jnp.minimum(decay, (1 + steps) / (10 + steps))
+
+    def mix(average: jax.Array, new: jax.Array) -> jax.Array:
+        return average + (1 - kept) * (new - average)
+
+    return jax.tree.map(mix, state.average, params)
 
 
 def apply_gradients(
@@ -200,6 +221,7 @@ def _applied_if(
         opt_state=keep(new.opt_state, old.opt_state),
         skipped=old.skipped + ~is_finite,
         skipped_in_row=jnp.where(is_finite, 0, old.skipped_in_row + 1),
+        average=keep(new.average, old.average),
     )
 
 

@@ -106,6 +106,7 @@ SPECIMENS = {
     "optimizer.muon_momentum": (0.9, {"optimizer.name": "muon"}),
     "optimizer.adam_rate": (0.5, {"optimizer.name": "muonh"}),
     "train.logit_z_weight": (1e-4, {}),
+    "train.average_decay": (0.99, {}),
     "mup.base_width": (64, {}),
     "mup.base_d_ff": (256, {"mup.base_width": 64}),
     "mup.base_d_expert": (256, {"mup.base_width": 64}),

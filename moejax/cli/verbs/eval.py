@@ -4,6 +4,7 @@ Nothing but the run directory is needed. A released model is evaluated on the va
 the speeches, or of --data.files.
 
 moejax eval --workdir=runs/tiny_moe --step=500
+moejax eval --workdir=runs/tiny_moe --average=moving
 moejax eval --workdir=runs/tiny_moe --mesh=expert=4 --replicas=1
 moejax eval --hf=mixtral-8x7b --data.files="texts/*.txt" --seq_len=4096
 """
@@ -15,6 +16,7 @@ from absl.flags import FlagValues
 
 from moejax.cli.errors import UsageError
 from moejax.cli.options import (
+    define_average,
     define_hf,
     define_json,
     define_mesh,
@@ -39,6 +41,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_text(values)
     define_json(values)
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
+    define_average(values)
     define_mesh(values, "devices by axis instead of all for data")
     flags.DEFINE_integer(
         "replicas",
@@ -67,11 +70,16 @@ def run(values: FlagValues, rest: list[str]) -> None:
     if folder is None:
         _refuse(values, "--hf", ("seq_len",))
         config, step, evaluation = evaluate_run(
-            read_workdir(values), values.step, mesh, values.replicas, places=places
+            read_workdir(values),
+            values.step,
+            mesh,
+            values.replicas,
+            places=places,
+            average=values.average,
         )
         rows["step"] = step
     else:
-        _refuse(values, "--workdir", ("step", "replicas", "data.source_dir"))
+        _refuse(values, "--workdir", ("step", "replicas", "average", "data.source_dir"))
         config, evaluation = evaluate_released(folder, mesh, places=places, seq_len=values.seq_len)
     rows["tokens"] = evaluation.num_targets
     rows |= evaluation_rows(config, evaluation)

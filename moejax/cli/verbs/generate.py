@@ -19,6 +19,7 @@ from absl.flags import FlagValues
 
 from moejax.cli.errors import UsageError
 from moejax.cli.options import (
+    define_average,
     define_hf,
     define_json,
     define_seed,
@@ -88,6 +89,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     )
     define_seed(values, "seed", "of the sampling")
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
+    define_average(values)
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
@@ -117,10 +119,11 @@ def _load(values: FlagValues) -> tuple[LoadedRun, ReleasedText | None]:
     folder = read_hf(values)
     if folder is None:
         workdir = read_workdir(values)
-        loaded = load_run(workdir, values.step)
+        loaded = load_run(workdir, values.step, average=values.average)
         folder = workdir / RELEASED
-    elif values.step is not None:
-        raise UsageError(f"--step={values.step} goes with --workdir only; leave it out")
+    elif values.step is not None or values.average:
+        name = "average" if values.step is None else "step"
+        raise UsageError(f"--{name}={values[name].value} goes with --workdir only; leave it out")
     else:
         loaded = load_released(folder)
     released = find_text(folder)

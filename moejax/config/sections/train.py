@@ -23,6 +23,12 @@ class TrainConfig:
         "weight of the z-loss of the logits, the mean of their squared log-sum-exps",
         at_least=0,
     )
+    average_decay: float = leaf(
+        0.0,
+        "decay of a moving average of the weights, which is evaluated, too; 0: none is kept",
+        at_least=0,
+        below=1,
+    )
     log_every: int = leaf(20, "steps between lines of metrics", at_least=1)
     eval_every: int = leaf(
         250, "steps between evaluations, which are also saved; 0: only at the end", at_least=0
