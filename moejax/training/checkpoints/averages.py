@@ -29,8 +29,22 @@ def restore_weights(
     if not average:
         return checkpoints.restore_model(step)
     if average == MOVING:
-        return checkpoints.restore_average(step)
+        return _moving_average(checkpoints, step)
     return _mean_of_checkpoints(checkpoints, step, _read_number(average))
+
+
+def _moving_average(checkpoints: Checkpoints, step: int | None) -> tuple[int, Any, Any]:
+    if checkpoints.setup.abstract.average is None:
+        raise CheckpointError(
+            f"{checkpoints.folder} holds no moving average of the weights; train with "
+            "train.average_decay above 0, or leave --average out"
+        )
+    state = checkpoints.restore(step)
+    if state is None:
+        raise CheckpointError(
+            f"{checkpoints.folder} holds no complete checkpoint; train the run first"
+        )
+    return int(state.step), state.average, state.router_state
 
 
 def _read_number(average: str) -> int:

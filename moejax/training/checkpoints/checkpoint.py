@@ -205,25 +205,6 @@ class Checkpoints:
         """Returns what was noted with a step."""
         return read_notes(self._read_meta(step))
 
-    def restore_average(self, step: int | None = None) -> tuple[int, Any, Any]:
-        """Returns (step, average of the weights, router_state) of a step.
-
-        Raises:
-          CheckpointError: as `restore_model`, or the run keeps no average.
-        """
-        if self.setup.abstract.average is None:
-            raise CheckpointError(
-                f"{self.folder} holds no moving average of the weights; train with "
-                "train.average_decay above 0, or leave --average out"
-            )
-        state = self.restore(step)
-        if state is None:
-            raise self._no_checkpoint()
-        return int(state.step), state.average, state.router_state
-
-    def _no_checkpoint(self) -> CheckpointError:
-        return CheckpointError(f"{self.folder} holds no complete checkpoint; train the run first")
-
     def restore_model(self, step: int | None = None) -> tuple[int, Any, Any]:
         """Returns (step, params, router_state) without reading the optimizer's arrays.
 
@@ -233,7 +214,9 @@ class Checkpoints:
         """
         step = self._choose(step)
         if step is None:
-            raise self._no_checkpoint()
+            raise CheckpointError(
+                f"{self.folder} holds no complete checkpoint; train the run first"
+            )
         arrays = self._read(step, ("model",))
         trees = []
         for field in MODEL_FIELDS:

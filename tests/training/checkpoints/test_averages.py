@@ -125,7 +125,7 @@ def test_without_a_decay_there_is_no_average(tmp_path):
     train(config, tmp_path, command="")
     line = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()][-1]
     assert "eval/loss" in line and "eval/average_loss" not in line
-    with pytest.raises(CheckpointError, match="holds no moving average .*average_decay above 0"):
+    with pytest.raises(CheckpointError, match=r"holds no moving average .*average_decay above 0"):
         weights(tmp_path, config=config)
 
 
