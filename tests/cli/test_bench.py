@@ -44,6 +44,17 @@ def test_bench_step_compares_moe_and_dense_in_one_run(capsys):
 
 
 @pytest.mark.slow
+def test_bench_optimizers_compares_each_with_adamw(capsys):
+    arguments = ["bench", "optimizers", f"--config={DEBUG}", "--repetitions=2", "--json"]
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)
+    for name in ("muon", "muonh", "adafactor", "lion", "sgd"):
+        ratio = rows[f"{name}_ms"] / rows["adamw_ms"]
+        assert rows[f"ratio_{name}"] == pytest.approx(ratio, rel=0.05)
+    assert rows["ratio_adamw"] == 1
+
+
+@pytest.mark.slow
 def test_bench_telemetry_compares_intervals_with_and_without_what_is_logged(capsys):
     arguments = [
         "bench",

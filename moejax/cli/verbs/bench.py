@@ -9,6 +9,7 @@ moejax bench compiled       the experts of a layer compiled for --target: arithm
 moejax bench compiled_step  the train step of --config compiled for --target and --topology: memory,
                             traffic between devices
 moejax bench step           the train step of --config over its dense twin's
+moejax bench optimizers     the train step of --config by optimizer, over that of AdamW
 moejax bench attention      the train step of --config with rows four times as long, and attention
                             over that with all scores
 moejax bench generate       decode steps of 16 sequences of --config, by how tokens are drawn
@@ -39,6 +40,7 @@ from moejax.benchmarks.attention import bench_attention
 from moejax.benchmarks.compiled import bench_compiled
 from moejax.benchmarks.compiled_step import bench_compiled_step
 from moejax.benchmarks.generation import bench_generate
+from moejax.benchmarks.optimizers import bench_optimizers
 from moejax.benchmarks.packed import bench_packed
 from moejax.benchmarks.processes import bench_in_processes
 from moejax.benchmarks.start import bench_start
@@ -63,6 +65,7 @@ from moejax.strict_json import to_json
 
 OF_RECIPES: dict[str, Callable[..., dict[str, Any]]] = {
     "step": bench_step,
+    "optimizers": bench_optimizers,
     "attention": bench_attention,
     "generate": bench_generate,
     "start": bench_start,
@@ -80,7 +83,16 @@ READ_RECIPE = ("compiled_step", *OF_RECIPES)
 OF_SHAPES = ("layer", "decode", "compiled")
 """Benchmarks of a layer of given sizes."""
 
-IN_PROCESSES = ("layer", "decode", "step", "attention", "generate", "telemetry", "compile")
+IN_PROCESSES = (
+    "layer",
+    "decode",
+    "step",
+    "optimizers",
+    "attention",
+    "generate",
+    "telemetry",
+    "compile",
+)
 """Benchmarks that --processes repeats; the others start processes, or time nothing."""
 
 TIMED = tuple(name for name in BENCHMARKS if not name.startswith("compiled"))
