@@ -17,7 +17,8 @@ def bench_optimizers(config: Config, repetitions: int) -> dict[str, Any]:
     """Times train steps, on random tokens, of a config with each optimizer."""
     steps = {}
     for name in NAMES:
-        optimizer: Any = dataclasses.replace(config.optimizer, name=name)
+        leaves: dict[str, Any] = {"name": name}
+        optimizer = dataclasses.replace(config.optimizer, **leaves)
         steps[name] = Step(dataclasses.replace(config, optimizer=optimizer))
     times = interleave(steps, repetitions)
     adamw_ms = times["adamw"].median_ms

@@ -19,6 +19,9 @@ from moejax.sharding import make_mesh
 from moejax.training.state import make_train_setup
 from moejax.training.step import make_train_step, put_batch
 
+WITHOUT_NORMS = np.bool_(False)
+"""Of gradients, updates and weights: as in all steps but one of each logging interval."""
+
 IMPORTS = ("import jax, flax.nnx", "import moejax.models, moejax.moe.layer, moejax.config")
 
 
@@ -131,12 +134,12 @@ class Step:
         self.state = setup.init(config.train.seed)
         with jax.set_mesh(setup.mesh):
             train_step = make_train_step(setup)
-            lowered = train_step.lower(self.state, self.batch, self.knobs)
+            lowered = train_step.lower(self.state, self.batch, self.knobs, WITHOUT_NORMS)
             self._step = lowered.compile()
 
     def __call__(self) -> Any:
         """Takes one step and returns its metrics, which may not be there yet."""
-        self.state, output = self._step(self.state, self.batch, self.knobs)
+        self.state, output = self._step(self.state, self.batch, self.knobs, WITHOUT_NORMS)
         return self.state.step, output
 
     @staticmethod

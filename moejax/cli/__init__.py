@@ -37,8 +37,8 @@ VERBS = {
     "coordcheck": "check that activations keep their size as a model grows",
     "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, "
     "swapped, random",
-    "bench": "measure: layer, decode, compiled, compiled_step, step, optimizers, telemetry, packed, "
-    "compile, import",
+    "bench": "measure: layer, decode, compiled, compiled_step, step, optimizers, telemetry, "
+    "packed, compile, import",
     "placement": "show how even devices are loaded, and would be with experts in other places",
     "config": "show every setting of a recipe: value, default, range, meaning",
     "doctor": "print versions, devices and kernels, and check that they work",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from moejax.config import Config, Knobs
@@ -214,8 +215,9 @@ class Loop:
             while step < self.config.num_steps and self.training and not is_over:
                 self.watchdog.step(step + 1)
                 batch = self.program.put_batches(next(batches))
-                state, output = train_step(state, batch, self.program.knobs)
                 step += 1
+                has_norms = np.bool_(step % self.config.log_every == 0)
+                state, output = train_step(state, batch, self.program.knobs, has_norms)
                 # This waits for the step before, so that the device never waits for the host.
                 self._take(running)
                 running = output

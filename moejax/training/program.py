@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from moejax.config import Knobs
 from moejax.data import Batch
 from moejax.training.eval_step import EvalOutput, make_eval_step
 from moejax.training.state import TrainSetup, TrainState
 from moejax.training.step import make_train_step, put_batch
+
+WITH_NORMS = np.bool_(True)
+"""An argument of train steps, which are compiled for both of its values."""
 
 
 class Program:
@@ -37,11 +41,11 @@ class Program:
         self.runs_of_device = 1
 
     def compile_step(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-        """Compiles `(state, batch, knobs) -> (state, StepOutput)`.
+        """Compiles `(state, batch, knobs, has_norms) -> (state, StepOutput)`.
 
         The old state is overwritten.
         """
-        return make_train_step(self._alone).lower(state, batch, self.knobs).compile()
+        return make_train_step(self._alone).lower(state, batch, self.knobs, WITH_NORMS).compile()
 
     def make_eval_step(self, num_domains: int) -> Callable[..., EvalOutput]:
         """Makes `(params, router_state, batch, ...) -> EvalOutput`."""

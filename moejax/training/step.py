@@ -15,7 +15,7 @@ from moejax.moe.balancing.metrics import routing_metrics
 from moejax.moe.balancing.stats import RoutingStats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.accumulation import loss_and_gradients
-from moejax.training.health.norms import norms_by_expert, norms_by_kind
+from moejax.training.health.norms import norms_if
 from moejax.training.learning_rate import learning_rate_at
 from moejax.training.losses import BatchSums, losses
 from moejax.training.optimizers.frozen import join_params, split_frozen
@@ -77,9 +77,10 @@ def row_keys(config: Config, knobs: Knobs, step: jax.Array, batch_size: int) -> 
 
 
 def make_train_step(setup: TrainSetup) -> jax.stages.Wrapped:
-    """Compiles, on first call, `(state, batch, knobs) -> (state, StepOutput)`.
+    """Compiles, on first call, `(state, batch, knobs, has_norms=True) -> (state, StepOutput)`.
 
-    The buffers of the old state are reused.
+    Without norms of gradients, updates and weights, NaN is in their place. The buffers of the old
+    state are reused.
     """
     return jax.jit(
         train_step_of(setup),
@@ -98,7 +99,9 @@ def train_step_of(setup: TrainSetup) -> TrainStep:
     """Returns the function that `make_train_step` compiles."""
     config = setup.config
 
-    def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, StepOutput]:
+    def train_step(
+        state: TrainState, batch: Batch, knobs: Knobs, has_norms: jax.Array | bool = True
+    ) -> tuple[TrainState, StepOutput]:
         num_rows = len(batch.tokens_BL)
         keys_B = row_keys(config, knobs, state.step, num_rows)
         knobs = scheduled(knobs, config, state.step)
@@ -119,12 +122,10 @@ def train_step_of(setup: TrainSetup) -> TrainStep:
             "skipped_steps": new_state.skipped,
             "skipped_in_row": new_state.skipped_in_row,
         }
-        scalars |= norms_by_kind(trees)
+        norms = norms_if(has_norms, trees, config.moe.num_choices)
+        scalars |= norms.by_kind
         output = _output_of(state.step, sums, new_state, scalars, config)
-        if output.routing is None:
-            return new_state, output
-        norms = norms_by_expert(trees, output.routing.assignments_E.shape[-1])
-        return new_state, dataclasses.replace(output, state=output.state | norms)
+        return new_state, dataclasses.replace(output, state=output.state | norms.by_expert)
 
     return train_step
 

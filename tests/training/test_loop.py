@@ -137,7 +137,10 @@ def test_logged_losses_are_apart_and_add_up(straight):
     config, workdir, _ = straight
     line = next(line for line in lines(workdir) if "loss/lm" in line)
     parts = line["loss/lm"] + line["loss/balance_weighted"] + line["loss/z_weighted"]
+    parts += line["loss/logit_z_weighted"]
     assert line["loss/total"] == pytest.approx(parts, rel=1e-5)
+    logit_z = config.train.logit_z_weight * line["loss/logit_z"]
+    assert line["loss/logit_z_weighted"] == pytest.approx(logit_z, rel=1e-5) and logit_z > 0
     balance = config.moe.balance_weight * config.num_moe_layers * line["loss/balance"]
     assert line["loss/balance_weighted"] == pytest.approx(balance, rel=1e-5)
 

@@ -50,9 +50,9 @@ class RoutingInterval:
       importance_NE: mean combine weight, before any are dropped.
       idle_steps_NE: steps since each expert was last chosen, at the end.
       bias_NE: selection bias at the end, NaN in layers without one; None if no layer has one.
-      norms: `gradient_norms`, `update_norms` (means over steps) and `weight_norms` (at the end) of
-        the weights of each expert, [N, E], NaN of one that has none; those of frozen ones are
-        absent.
+      norms: `gradient_norms`, `update_norms` and `weight_norms` of the weights of each expert,
+        [N, E], means over the steps that have them; NaN of an expert without weights. Those of
+        frozen ones are absent.
       layers: `LAYER_METRICS`, each [N]: means over the steps in which they were finite, NaN if they
         never were. Of those in `LARGEST` it is the largest value, NaN if one was not finite.
     """
@@ -125,15 +125,13 @@ def summarize_routing(outputs: Sequence[StepOutput]) -> RoutingInterval | None:
 
 
 def _norms(outputs: Sequence[StepOutput]) -> dict[str, Float[np.ndarray, "N E"]]:
-    """Returns the norms of experts over an interval: means over the steps, of weights the last."""
+    """Returns the norms of experts over an interval, means over the steps that have them."""
     norms = {}
     for name in NORMS:
-        if name not in outputs[-1].state:
-            continue
-        values_SNE = np.stack([np.asarray(output.state[name]) for output in outputs])
-        norms[name] = values_SNE[-1]
-        if name != "weight_norms":
-            norms[name] = _finite_mean(values_SNE)
+        # Steps of an interval that an earlier version began have none.
+        known = [np.asarray(each.state[name]) for each in outputs if name in each.state]
+        if known:
+            norms[name] = _finite_mean(np.stack(known))
     return norms
 
 

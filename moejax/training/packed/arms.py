@@ -18,7 +18,7 @@ from moejax.config import Config, ConfigError, Knobs, to_dict
 from moejax.data import Batch
 from moejax.sharding import BATCH_AXES, MESH_AXES, make_mesh
 from moejax.training.eval_step import EvalOutput, eval_step_of
-from moejax.training.program import Program
+from moejax.training.program import WITH_NORMS, Program
 from moejax.training.state import TrainState, make_train_setup
 from moejax.training.step import compiler_options, train_step_of
 
@@ -87,9 +87,9 @@ class Pack(Program):
         return NamedSharding(self.mesh, PartitionSpec(ARMS, *sharding.spec))
 
     def compile_step(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-        """Compiles `(state, batch, knobs) -> (state, StepOutput)`.
+        """Compiles `(state, batch, knobs, has_norms) -> (state, StepOutput)`.
 
-        All of them have a leading axis of slots. The old state is overwritten.
+        All but the last have a leading axis of slots. The old state is overwritten.
         """
         output_sharding = NamedSharding(self.mesh, PartitionSpec(ARMS))
         step = jax.jit(
@@ -98,7 +98,7 @@ class Pack(Program):
             out_shardings=(self._shardings, output_sharding),
             compiler_options=compiler_options(self.mesh),
         )
-        return step.lower(state, batch, self.knobs).compile()
+        return step.lower(state, batch, self.knobs, WITH_NORMS).compile()
 
     def make_eval_step(self, num_domains: int) -> Callable[..., EvalOutput]:
         """Makes `(params, router_state, batch, ...) -> EvalOutput`.

@@ -11,8 +11,9 @@ names the model layer of each row; the arrays grow together by one entry per log
   bias        [S, N, E] float32  selection bias at the end of the interval; NaN where there is none
   layers      [S, N, M] float32  the metrics of a layer over the interval, in the order of the
                                  attribute `metrics`
-  gradient_norms, update_norms  [S, N, E] float32  of each expert's weights, means over the interval
-  weight_norms  [S, N, E] float32  of each expert's weights at the end; NaN where there are none
+  gradient_norms, update_norms, weight_norms
+              [S, N, E] float32  norms of each expert's weights, and of what belongs to them, in the
+                                 last step of the interval; NaN where there are none
   step        [S]       int64    the last training step of the interval
 
 `step` is written last and is the commit marker: an entry whose step is absent or -1 was never
