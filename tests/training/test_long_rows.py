@@ -13,6 +13,7 @@ from moejax.config import Knobs
 from moejax.nn.attention import attend as attention
 from moejax.nn.attention import causal_blocks as causal
 from moejax.training.packed.arms import Pack
+from moejax.training.program import WITH_NORMS
 from moejax.training.step import make_train_step, put_batch
 
 LENGTH = 64
@@ -107,7 +108,7 @@ def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(
     with jax.set_mesh(pack.mesh):
         state = pack.join(setup.init(0) for setup in pack.setups)
         compiled = pack.compile_step(state, pack.put_batches(batches))
-        state, output = compiled(state, pack.put_batches(batches), pack.knobs)
+        state, output = compiled(state, pack.put_batches(batches), pack.knobs, WITH_NORMS)
     assert "conditional(" in compiled.as_text()
     states = list(pack.split(state, range(2)))
     for arm, document in enumerate((5, 40)):

@@ -29,6 +29,7 @@ from moejax.training import loop
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.checkpoints.meta import saved_steps
 from moejax.training.health.nonfinite import NonFiniteError, locate, nonfinite_error
+from moejax.training.health.telemetry import NORMS
 from moejax.training.loop import train
 from moejax.training.router_state import active_top_k_at
 from moejax.training.run_directory.routing_log import read_routing
@@ -322,7 +323,8 @@ def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():
         after = jax.device_get(bad)
         good, _ = step(bad, batch, knobs)
     assert_equal_leaves(trained_arrays(after), trained_arrays(before))
-    assert_equal_leaves(output_after.state, output_before.state)
+    for name in set(output_before.state) - set(NORMS):
+        np.testing.assert_array_equal(output_after.state[name], output_before.state[name])
     assert (after.step, after.skipped, after.skipped_in_row) == (2, 1, 1)
     assert (good.skipped, good.skipped_in_row) == (1, 0)
     params = zip(jax.tree.leaves(good.params), jax.tree.leaves(after.params), strict=True)

@@ -10,6 +10,7 @@ from moejax.config import ConfigError, Knobs
 from moejax.training.accumulation import loss_and_gradients
 from moejax.training.checkpoints.meta import named_arrays
 from moejax.training.packed.arms import Pack
+from moejax.training.program import WITH_NORMS
 from moejax.training.step import make_train_step, put_batch, row_keys
 
 FROZEN = "router, embedding, stacks/0/block/mixer/*"
@@ -104,7 +105,7 @@ def test_arms_of_a_pack_keep_their_frozen_parameters():
     with jax.set_mesh(pack.mesh):
         batch = pack.put_batches([packed_batch(config) for config in configs])
         state = pack.join(states)
-        state, _ = pack.compile_step(state, batch)(state, batch, pack.knobs)
+        state, _ = pack.compile_step(state, batch)(state, batch, pack.knobs, WITH_NORMS)
     for arm, own in enumerate(pack.split(state, range(2))):
         for name, array in named_arrays(own).items():
             if name.startswith("params/"):

@@ -27,6 +27,7 @@ from moejax.training.loop import train
 from moejax.training.multihost.signals import StopSignals
 from moejax.training.packed.arms import Pack, depends_on_devices, program_of, trains_alone
 from moejax.training.packed.train import train_packed
+from moejax.training.program import WITH_NORMS
 from moejax.training.run import common_step
 from moejax.training.run_directory.metrics import Recorder
 from moejax.training.run_directory.routing_log import read_routing
@@ -370,7 +371,12 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
     model = {"remat": False}  # compiles faster
     configs = [
         case_config(router, moe=moe, model=model),
-        case_config(router, moe=moe | KNOB_CASES[router], model=model, train={"seed": 3}),
+        case_config(
+            router,
+            moe=moe | KNOB_CASES[router],
+            model=model,
+            train={"seed": 3, "logit_z_weight": 0.2},
+        ),
     ]
     pack = Pack(configs, jax.devices()[:2])
     batches = [packed_batch(config, seed=i) for i, config in enumerate(configs)]
@@ -379,7 +385,7 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
         state = pack.join(first)
         step = pack.compile_step(state, pack.put_batches(batches))
         for _ in range(2):
-            state, output = step(state, pack.put_batches(batches), pack.knobs)
+            state, output = step(state, pack.put_batches(batches), pack.knobs, WITH_NORMS)
     states = list(pack.split(state, range(len(configs))))
     outputs = pack.outputs(output)
     setup = make(configs[0])
@@ -398,7 +404,7 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
 
 
 def test_the_cases_of_knobs_leave_none_out():
-    tried = set().union(*KNOB_CASES.values()) | {"seed", "learning_rate"}
+    tried = set().union(*KNOB_CASES.values()) | {"seed", "learning_rate", "logit_z_weight"}
     assert tried == {field.name for field in dataclasses.fields(Knobs)}
 
 
@@ -413,7 +419,7 @@ def test_arms_within_a_mesh_of_their_own_equal_one_device():
         arms = zip(pack.setups, configs, strict=True)
         state = pack.join(setup.init(config.train.seed) for setup, config in arms)
         step = pack.compile_step(state, pack.put_batches(batches))
-        state, output = step(state, pack.put_batches(batches), pack.knobs)
+        state, output = step(state, pack.put_batches(batches), pack.knobs, WITH_NORMS)
         inputs = [pack.put_batch(x) for x in eval_inputs(batches[0], None)]
         eval_step = pack.make_eval_step(0)
         evaluated = jax.device_get(eval_step(state.params, state.router_state, *inputs))
