@@ -8,7 +8,16 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from moejax.inspection.coordinates.check import Line
 from moejax.inspection.coordinates.measure import PLACES
-from moejax.inspection.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Drawing
+from moejax.inspection.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    STYLE,
+    Drawing,
+    log_axis,
+)
 
 COLORS = dict(zip(PLACES, (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", GREY), strict=True))
 MARKERS = dict(zip(PLACES, "osD^vP", strict=True))
@@ -42,15 +51,17 @@ def draw_coordinates(lines: Sequence[Line]) -> Drawing:
                 ms=4,
                 label=line.place.replace("_", " "),
             )
-            chart.set_xscale("log", base=2)
-            chart.set_yscale("log")
-            sizes = list(line.sizes)
-            chart.set_xticks(sizes, list(map(str, sizes)))
-            chart.minorticks_off()
+            log_axis(chart.xaxis, line.sizes)
         for column, name in enumerate(axes_names):
             charts[-1][column].set_xlabel(AXES[name])
         for row, words in enumerate(WHAT.values()):
+            log_axis(charts[row][0].yaxis)
             charts[row][0].set_ylabel(words)
-        handles, labels = charts[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=6, fontsize=8)
+        by_label = {}
+        for chart in charts.flat:
+            handles, labels = chart.get_legend_handles_labels()
+            by_label |= dict(zip(labels, handles, strict=True))
+        figure.legend(
+            by_label.values(), by_label, loc="outside upper left", ncols=len(PLACES), fontsize=8
+        )
         return Drawing.from_figure(figure)

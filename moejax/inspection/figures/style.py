@@ -9,19 +9,21 @@ also differ in dash, points in shape, bars in hatch.
 import base64
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from moejax.inspection.html import FORBIDDEN
 
@@ -157,6 +159,26 @@ def _three_digits(x: float) -> str:
     """Returns a number with three significant digits, without zeros at the end."""
     rounded = float(f"{x:.3g}")
     return f"{rounded:g}"
+
+
+def log_axis(axis: Axis, ticks: Sequence[float] = ()) -> None:
+    """Makes an axis logarithmic, with plain numbers at it.
+
+    Args:
+      axis: `axes.xaxis` or `axes.yaxis`, once all is drawn.
+      ticks: where to write numbers; without any, at about four places of what is shown.
+    """
+    axes = axis.axes
+    if axis is axes.xaxis:
+        axes.set_xscale("log")
+    else:
+        axes.set_yscale("log")
+    if not len(ticks):
+        low, high = axis.get_view_interval()
+        ticks = np.geomspace(low, high, 6)[1:-1].tolist()
+    labels = [short_number(tick) for tick in ticks]
+    axis.set_ticks(list(ticks), labels=labels)
+    axis.set_minor_locator(NullLocator())
 
 
 def legend_name(name: str) -> str:

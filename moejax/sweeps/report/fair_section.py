@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from moejax.inspection import html
-from moejax.inspection.figures.style import STYLE, Drawing, new_figure
+from moejax.inspection.figures.style import STYLE, Drawing, log_axis, new_figure
 from moejax.inspection.html import Markup
 from moejax.inspection.report.page import figure, grid, number, table
 from moejax.sweeps.arms import describe
@@ -16,6 +16,9 @@ from moejax.sweeps.fair import FRACTION
 from moejax.sweeps.report.figures import COLORS, DASHES, MARKERS
 
 MAX_LINES = len(COLORS)
+
+MAX_TICKS = 9
+"""Rates that are written at the axis; of more, about four places."""
 
 Rows = Sequence[Mapping[str, Any]]
 """Of `store.fair_rates.read_rates`."""
@@ -75,7 +78,8 @@ def draw_rates(rows: Rows) -> Drawing:
                     np.log(row["learning_rate"]), np.log(rates[is_known]), losses[is_known]
                 )
                 axes.plot([row["learning_rate"]], [at_choice], "|", color=color, ms=16, mew=2)
-        axes.set_xscale("log")
+        tried = sorted({rate for row in rows for rate in row["rates"]})
+        log_axis(axes.xaxis, tried if len(tried) <= MAX_TICKS else ())
         axes.set_xlabel("learning rate")
         axes.set_ylabel("validation loss of trials")
         axes.legend(fontsize=7)

@@ -1,15 +1,15 @@
 """Figures of a ladder: losses over compute with their laws, and losses over the size of models."""
 
-import math
 from collections.abc import Mapping
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from moejax.inspection.figures.style import GREY, STYLE, Drawing, new_figure
+from moejax.inspection.figures.style import GREY, STYLE, Drawing, log_axis, new_figure
 from moejax.sweeps.ladder.report import FittedLaw, Prediction
 from moejax.sweeps.ladder.results import Measurements
+from moejax.sweeps.matching import short
 from moejax.sweeps.report.figures import COLORS, DASHES, MARKERS
 
 MAX_ARMS = len(COLORS)
@@ -40,9 +40,8 @@ def draw_laws(
             if arm in predictions:
                 found = predictions[arm]
                 axes.plot([found.budget], [found.predicted], "x", color=color, ms=8, mew=1.3)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        _tick_losses(axes)
+        log_axis(axes.xaxis, measured.budgets)
+        log_axis(axes.yaxis)
         axes.set_xlabel("FLOPs of training")
         axes.set_ylabel("validation loss (nats per token)")
         _legend(axes)
@@ -54,16 +53,6 @@ def _draw_runs(axes: Axes, measured: Measurements, arm: str, color: str) -> None
         values = measured.loss[arm][rung]
         known = values[np.isfinite(values)]
         axes.plot([budget] * known.size, known, ".", color=color, ms=3, alpha=0.5)
-
-
-def _tick_losses(axes: Axes) -> None:
-    """Writes about five losses at a logarithmic axis that spans less than a power of ten."""
-    low, high = axes.get_ylim()
-    ticks = np.geomspace(low, high, 6)[1:-1]
-    digits = max(0, 2 - math.floor(math.log10(high - low)))
-    labels = [f"{tick:.{min(digits, 3)}f}" for tick in ticks]
-    axes.set_yticks(ticks, labels)
-    axes.minorticks_off()
 
 
 def _legend(axes: Axes) -> None:
@@ -87,8 +76,8 @@ def draw_sizes(measured: Measurements) -> Drawing:
             if points:
                 sizes, losses = zip(*sorted(points), strict=True)
                 style = MARKERS[rung] + DASHES[rung]
-                axes.plot(sizes, losses, style, color=COLORS[rung], ms=4, label=f"{budget:.2g}")
-        axes.set_xscale("log")
+                axes.plot(sizes, losses, style, color=COLORS[rung], ms=4, label=short(budget))
+        log_axis(axes.xaxis)
         axes.set_xlabel("active parameters")
         axes.set_ylabel("validation loss (nats per token)")
         axes.legend(title="FLOPs", fontsize=8, title_fontsize=8)
