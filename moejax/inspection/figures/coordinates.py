@@ -1,6 +1,7 @@
 """The figure of a coordinate check: sizes of activations and updates along each axis."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -57,11 +58,15 @@ def draw_coordinates(lines: Sequence[Line]) -> Drawing:
         for row, words in enumerate(WHAT.values()):
             log_axis(charts[row][0].yaxis)
             charts[row][0].set_ylabel(words)
-        by_label = {}
+        by_label: dict[str, Any] = {}
         for chart in charts.flat:
             handles, labels = chart.get_legend_handles_labels()
             by_label |= dict(zip(labels, handles, strict=True))
         figure.legend(
-            by_label.values(), by_label, loc="outside upper left", ncols=len(PLACES), fontsize=8
+            [*by_label.values()],
+            [*by_label],
+            loc="outside upper left",
+            ncols=len(PLACES),
+            fontsize=8,
         )
         return Drawing.from_figure(figure)
