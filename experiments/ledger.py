@@ -2,10 +2,10 @@
 
   python experiments/ledger.py
 
-Each experiment has `claims.json`, a list of predictions with their verdicts. Numbers are not written
-there: a place such as {balance.*.eval/max_violation:.2f} is filled from the experiment's
-`results.json`, and is a mean where it names several values. In a place, parts between dots are keys;
-`*` takes all values, and [router=hash,top_k=1] the rows of a list that have these values.
+Each experiment has `claims.json`, a list of predictions with their verdicts. Numbers are not
+written there: a place such as {balance.*.eval/max_violation:.2f} is filled from the experiment's
+`results.json`, and is a mean where it names several values. In a place, parts between dots are
+keys; `*` takes all values, and [router=hash,top_k=1] the rows of a list that have these values.
 """
 
 import json
@@ -23,8 +23,9 @@ VERDICTS = ("held", "failed", "not told apart", "not run yet")
 
 HEAD = """# The ledger
 
-Every prediction of an experiment here, and what came of it, failures included. `python experiments/ledger.py` writes this page from
-`claims.json` and `results.json` of each experiment; a test compares them.
+Every prediction of an experiment here, and what came of it, failures included. `python
+experiments/ledger.py` writes this page from `claims.json` and `results.json` of each experiment; a
+test compares them.
 
 | question | predicted | verdict | measured | command |
 |---|---|---|---|---|
