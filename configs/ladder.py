@@ -48,3 +48,12 @@ def sweep():
     """Yields the arms."""
     for num_experts in (0, 8, 32):
         yield {"moe.num_experts": num_experts}
+
+
+def gate() -> dict:
+    """Returns what an arm must reach, and the noise of differences in nats.
+
+    The noise is the standard deviation over three seeds of 8 experts over dense, at the two lower
+    rungs: 0.0048 and 0.0058.
+    """
+    return {"speedup": 1.0, "noise": 0.0053}
