@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from moejax.training.run import TrainResult
 REPOSITORY = Path(__file__).parents[2]
 DEBUG = REPOSITORY / "configs/debug.py"
 TRAIN = ["train", f"--config={DEBUG}"]
+ONE_DEVICE = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +32,7 @@ def trained(tmp_path_factory):
     Returns the folder, the run directory and the printed JSON.
     """
     folder = tmp_path_factory.mktemp("cli")
-    one_device = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environment = os.environ | one_device | {"PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | ONE_DEVICE | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [
             sys.executable,
@@ -71,6 +72,34 @@ def test_train_prints_its_figures_and_writes_the_report(trained):
     page = (workdir / "report.html").read_text()
     assert "bits per byte" in page.lower() and "<img" in page
     assert 'class="moejax-trace"' in page and "Routing goes most by" in page
+
+
+def test_a_run_begins_with_the_weights_of_another_by_a_flag(trained, capsys, monkeypatch):
+    folder, workdir, _ = trained
+    monkeypatch.chdir(folder)
+    fork = ["train", f"--config={workdir / 'config.json'}", "--init=runs/debug:10"]
+    arguments = ["--config.train.num_steps=12", "--config.init.state=all", "--workdir=forked"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moejax", *fork, *arguments, "--json", "--noreport"],
+        env=os.environ | ONE_DEVICE | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 12
+    facts = json.loads((folder / "forked/config.json").read_text())
+    assert facts["config"]["init"]["source"] == f"{workdir.resolve()}:10"
+    assert [entry["step"] for entry in facts["lineage"]] == [10]
+    lines = [json.loads(line) for line in (folder / "forked/metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "loss/lm" in line] == [12]
+    for more, message in (
+        (["--config.init.source=runs/other"], "name two sources; leave one out"),
+        (["--init=none"], "--init is given twice"),
+    ):
+        assert main([*fork, *more, "--workdir=other"]) == 2
+        assert message in capsys.readouterr().err
+    shutil.rmtree(folder / "forked")
+    assert not (folder / "other").exists()
 
 
 def test_the_log_of_a_training_says_where_it_runs_and_repeats_nothing(trained):
