@@ -78,13 +78,27 @@ def test_a_model_of_the_plain_configuration_is_written_as_granite(tmp_path):
     fused_EPFD = np.einsum("EDPF->EPFD", block.moe.experts.gate_up[...])
     found_EXD = tensors["model.layers.0.block_sparse_moe.input_linear.weight"]
     np.testing.assert_array_equal(found_EXD, fused_EPFD.reshape(4, 32, 32))
+    assert_same_logits(model, load_model(tmp_path))
+
+
+def assert_same_logits(model, read):
     tokens_BL = jnp.arange(32).reshape(2, 16)
     positions_BL = tokens_BL % 16
     logits = []
-    for each in (model, load_model(tmp_path)):
+    for each in (model, read):
         hidden_BLD, _ = each(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
-        logits.append(np.asarray(each.logits(hidden_BLD))[..., : config.num_token_ids])
+        logits.append(np.asarray(each.logits(hidden_BLD))[..., : model.config.num_token_ids])
     np.testing.assert_array_equal(logits[1], logits[0])
+
+
+def test_a_model_in_mup_is_written_with_its_multipliers(tmp_path):
+    config = small_config(mup={"base_width": 8, "base_depth": 1})
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    save_model(model, tmp_path, "granitemoe")
+    keys = json.loads((tmp_path / "config.json").read_text())
+    found = [keys[k] for k in ("embedding_multiplier", "logits_scaling", "residual_multiplier")]
+    assert found == [8**0.5, 4.0, 0.5]
+    assert_same_logits(model, load_model(tmp_path))
 
 
 @pytest.mark.parametrize(
