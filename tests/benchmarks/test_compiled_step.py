@@ -68,8 +68,8 @@ def test_a_step_has_its_memory_and_its_traffic_by_axis_with_overflow_apart(debug
     assert list(row["mesh"].values()) == [1, 2, 1, 4, 1, 1]
     assert row["tokens_per_device"] == 8 * 64 / 8 and row["fits"]
     # A device's part of the state; its one row of five arrays of 64 positions, one of them of
-    # bytes; three knobs.
-    assert row["argument_bytes"] == local_bytes(debug) + (4 * 4 + 1) * 64 + 3 * 4
+    # bytes; four knobs.
+    assert row["argument_bytes"] == local_bytes(debug) + (4 * 4 + 1) * 64 + 4 * 4
     assert row["peak_bytes"] >= row["argument_bytes"] and row["temporary_bytes"] > 0
     collectives = row["collectives"]
     assert row["wire_bytes"] == sum(one["bytes"] for one in collectives)
