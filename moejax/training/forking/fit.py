@@ -106,23 +106,28 @@ def _fits(source: Array, here: Array, path: str, init: InitConfig) -> bool:
     if init.resize == "fresh":
         return False
     if init.resize == "copy":
-        differing = _differing_axes(source, here)
-        if differing is not None and all(axis in OF_EXPERTS for axis in differing):
+        grown = _grown_axes(source, here)
+        if grown is not None and all(axis in OF_EXPERTS for axis in grown):
             return True
     remedy = "init.resize=copy takes more experts as copies, init.resize=fresh initialises it"
     if init.resize == "copy":
-        remedy = "copies are of experts alone; use init.exclude, or init.resize=fresh"
+        remedy = "copies make more experts alone; use init.exclude, or init.resize=fresh"
     raise ConfigError(
         f"{path} is {_sizes(source)} in init.source={init.source} and {_sizes(here)} in this "
         f"model; {remedy}"
     )
 
 
-def _differing_axes(source: Array, here: Array) -> list[str | None] | None:
-    """Returns the axes whose sizes differ; None for arrays of other axes."""
+def _grown_axes(source: Array, here: Array) -> list[str | None] | None:
+    """Returns the axes that are larger here; None for arrays of other axes, or if one is smaller.
+
+    Fewer experts would lose some without a word.
+    """
     if source.axes != here.axes or len(source.shape) != len(here.shape):
         return None
-    sizes = zip(here.axes, source.shape, here.shape, strict=True)
+    sizes = list(zip(here.axes, source.shape, here.shape, strict=True))
+    if any(before > after for _, before, after in sizes):
+        return None
     return [axis for axis, before, after in sizes if before != after]
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.config import Config, ConfigError
+from moejax.config import Config, ConfigError, read_names
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.checkpoints.meta import MODEL_FIELDS, manifest, split_items
 from moejax.training.forking.fit import OF_EXPERTS, Array, Fit, fit_arrays
@@ -70,6 +70,7 @@ def fork_state(setup: TrainSetup, seed: int, workdir: Path) -> TrainState:
     """
     config = setup.config
     source = find_source(config.init, workdir)
+    _check_copies(config, source.config)
     source_setup = source.setup(setup.mesh, config)
     with source.checkpoints(source_setup) as checkpoints:
         if config.init.state == "weights":
@@ -83,6 +84,19 @@ def fork_state(setup: TrainSetup, seed: int, workdir: Path) -> TrainState:
     for change in changes_of_weights(source.config, config):
         log.info("init: %s=%s here, %s in the source", change.key, change.wanted, change.saved)
     return state
+
+
+def _check_copies(config: Config, source: Config) -> None:
+    """Raises `ConfigError` for more experts beside some that have no weights."""
+    is_larger = config.moe.num_experts != source.moe.num_experts
+    has_others = config.moe.num_choices != config.moe.num_experts
+    is_taken = "router" not in read_names("init.exclude", config.init.exclude)
+    if config.init.resize == "copy" and is_larger and has_others and is_taken:
+        raise ConfigError(
+            f"init.resize=copy copies the router's columns by expert, and moe.num_experts="
+            f"{config.moe.num_experts} are not its only ones; use init.exclude=router, or no zero, "
+            "identity or constant experts"
+        )
 
 
 def _upcycled(setup: TrainSetup, seed: int, source: Config, params: nnx.State) -> TrainState:

@@ -61,7 +61,13 @@ def test_more_experts_are_copies_or_initialised():
     [
         (model(4), model(8), {}, "router/kernel is 2x8x4 in init.source=runs/a and 2x8x8 in this"),
         (model(4), model(8), {}, "init.resize=copy takes more experts as copies"),
-        (model(), model(width=16), {"resize": "copy"}, "copies are of experts alone"),
+        (
+            model(),
+            model(width=16),
+            {"resize": "copy"},
+            "copies make more experts alone",
+        ),
+        (model(8), model(4), {"resize": "copy"}, "copies make more experts alone"),
         (
             model(),
             model(**{"params/new": Array((2,), ("norm",))}),

@@ -211,6 +211,11 @@ def test_forks_train_in_a_pack_as_they_do_alone(trunk, tmp_path):
             "whose weights differ from those here",
         ),
         ({"source": "TRUNK:4"}, {"moe": MOE | {"num_experts": 8}}, "init.resize=copy takes more"),
+        (
+            {"source": "TRUNK:4", "resize": "copy"},
+            {"moe": MOE | {"num_experts": 8, "num_zero_experts": 1}},
+            "moe.num_experts=8 are not its only ones",
+        ),
     ],
 )
 def test_a_source_that_does_not_fit_is_refused(trunk, init, sections, message):
