@@ -47,9 +47,16 @@ def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
 
 
 def _where_begun(workdir: Path, config: Config) -> Path | None:
-    """Returns the folder with the tokenizer of a run: its own, or that of its source."""
+    """Returns the folder with the tokenizer of a run: its own, or that of its source.
+
+    A fork whose recipe asks for one of another kind or size has its own; it cannot take the
+    source's embedding.
+    """
     if (workdir / "tokenizer.json").exists():
         return workdir
-    if config.init.source:
-        return find_source(config.init, workdir).workdir
-    return None
+    if not config.init.source:
+        return None
+    source = find_source(config.init, workdir)
+    data, theirs = config.data, source.config.data
+    is_alike = (data.tokenizer, data.vocab_size) == (theirs.tokenizer, theirs.vocab_size)
+    return source.workdir if is_alike or data.has_tokenizer_file else None

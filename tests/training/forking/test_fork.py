@@ -14,7 +14,7 @@ from moejax.config import ConfigError, resolve, to_dict
 from moejax.inference.load import load_run
 from moejax.sharding import make_mesh
 from moejax.training.checkpoints.checkpoint import CheckpointError, Checkpoints
-from moejax.training.checkpoints.meta import named_arrays
+from moejax.training.checkpoints.meta import named_arrays, tokenizer_digests
 from moejax.training.forking.fork import fork_state
 from moejax.training.loop import train
 from moejax.training.packed.train import train_packed
@@ -179,6 +179,27 @@ def test_a_router_of_another_kind_begins_fresh_and_experts_do_not(trunk):
         if "router/" not in name and "selection_bias" not in name:
             assert np.array_equal(state[name], array), name
     assert any("router/" in name for name in state)
+
+
+def test_a_fork_has_the_tokenizer_of_its_source_unless_it_asks_for_another(tmp_path):
+    bpe = {"tokenizer": "bpe", "vocab_size": 512, "source": "files", "seq_len": 16}
+    random = np.random.default_rng(0)
+    files = {}
+    for name, letters in (("source", "abcdefghij"), ("fork", "klmnopqrst")):
+        words = ["".join(random.choice(list(letters), 6)) for _ in range(400)]
+        lines = [" ".join(random.choice(words, 12)) for _ in range(300)]
+        files[name] = tmp_path / f"{name}.txt"
+        files[name].write_text("\n\n".join(lines))
+    source = config_of(num_steps=2, data=bpe | {"files": str(files["source"])})
+    train(source, tmp_path / "a", command="")
+    other = config_of(num_steps=2, data=bpe | {"files": str(files["fork"])})
+    train(with_init(other, tmp_path / "a"), tmp_path / "b", command="")
+    train(other, tmp_path / "c", command="")
+    one, two, own = (tokenizer_digests(tmp_path / name) for name in "abc")
+    assert one == two != own
+    bytes_of = config_of(num_steps=2, data={"tokenizer": "bytes", "seq_len": 16})
+    train(with_init(bytes_of, tmp_path / "a", exclude="embedding"), tmp_path / "d", command="")
+    assert load_run(tmp_path / "d").tokenizer.vocab_size < 300
 
 
 def test_forks_train_in_a_pack_as_they_do_alone(trunk, tmp_path):
