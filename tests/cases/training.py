@@ -21,7 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "moe": {"num_experts": 4, "top_k": 2, "d_expert": 16, "balance_weight": 0.1, "z_weight": 0.01},
     "data": {"tokenizer": "bytes", "seq_len": 16, "source": "synthetic"},
-    "train": {"batch_size": 8, "num_steps": 4, "logit_z_weight": 1e-2},
+    "train": {"batch_size": 8, "num_steps": 4},
     "mesh": {"data": -1},
 }
 

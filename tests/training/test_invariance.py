@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cases.training import case_config, initial_state, make, packed_batch, small_config
+from cases import training as cases
+from cases.training import case_config, initial_state, make, packed_batch
 from moejax.config import Config, Knobs
 from moejax.kernels import cross_entropy
 from moejax.moe.expert_parallel.buffers import mean_receivers, room_for
@@ -22,6 +23,12 @@ from moejax.training.losses import forward_sums, losses
 from moejax.training.step import make_train_step, put_batch, row_keys
 
 TOLERANCE = 1e-5
+
+
+def small_config(**sections) -> Config:
+    """The small configuration with a z-loss of the logits."""
+    train = {"logit_z_weight": 1e-2} | sections.pop("train", {})
+    return cases.small_config(train=train, **sections)
 
 
 @dataclasses.dataclass

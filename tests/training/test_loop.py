@@ -46,6 +46,7 @@ def tiny(tmp_path, **sections):
         "eval_every": 10,
         "checkpoint_every": 5,
         "batch_size": 8,
+        "logit_z_weight": 1e-2,
     }
     own = {
         "train": train_leaves | sections.get("train", {}),

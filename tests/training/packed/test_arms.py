@@ -361,6 +361,10 @@ for _name, _spec in LOSS_SPECS.items():
         KNOB_CASES[_router][f"{_name}_weight"] = 0.3
 
 
+OF_TRAINING = {"sigmoid_topk": {"logit_z_weight": 0.2}}
+"""Knobs of the section `train`, by router."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("router", KNOB_CASES)
 def test_every_knob_acts_in_its_own_arm_alone(router):
@@ -375,7 +379,7 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
             router,
             moe=moe | KNOB_CASES[router],
             model=model,
-            train={"seed": 3, "logit_z_weight": 0.2},
+            train={"seed": 3} | OF_TRAINING.get(router, {}),
         ),
     ]
     pack = Pack(configs, jax.devices()[:2])
@@ -404,7 +408,7 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
 
 
 def test_the_cases_of_knobs_leave_none_out():
-    tried = set().union(*KNOB_CASES.values()) | {"seed", "learning_rate", "logit_z_weight"}
+    tried = set().union(*KNOB_CASES.values(), *OF_TRAINING.values()) | {"seed", "learning_rate"}
     assert tried == {field.name for field in dataclasses.fields(Knobs)}
 
 
