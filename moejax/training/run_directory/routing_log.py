@@ -107,6 +107,14 @@ class RoutingLog:
             return open_array(self._folder, name)
         array = create_array(self._folder, name, self._shapes)
         count = len(self._steps)
+        if count:
+            log.warning(
+                "%s lacks %s: it is of an earlier version, or has lost it; its %d entries so far "
+                "have none",
+                self._folder,
+                name,
+                count,
+            )
         grown = array.resize(exclusive_max=[count, *[None] * (array.rank - 1)]).result()
         _, fill_value = ARRAYS[name]
         if count:
@@ -169,8 +177,10 @@ class RoutingLog:
         with naming_damage(self._folder):
             self._make_room(entry)
             writes = [self._arrays[name][entry].write(value) for name, value in values.items()]
-            for write in writes:  # they wait for the disk together
-                write.result()
+            # They wait for the disk together, and none is under way when an error is raised.
+            errors = [write.exception() for write in writes]
+            for error in filter(None, errors):
+                raise error
             self._arrays["step"][entry].write(step).result()  # last: from here on the entry exists
         self._steps.append(step)
 

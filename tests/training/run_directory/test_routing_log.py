@@ -332,7 +332,7 @@ def test_an_array_that_is_absent_reads_as_its_fill_value(tmp_path):
     assert np.isnan(layers_SNM[1]).all()
 
 
-def test_a_log_of_before_there_were_norms_is_read_and_continued(tmp_path):
+def test_a_log_of_before_there_were_norms_is_read_and_continued(tmp_path, caplog):
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [1, 2])
     for name in ADDED:
         shutil.rmtree(tmp_path / FOLDER / name)
@@ -342,6 +342,7 @@ def test_a_log_of_before_there_were_norms_is_read_and_continued(tmp_path):
     history = read_routing(tmp_path)
     assert history.steps.tolist() == [1, 2, 3] and set(ADDED) <= set(history.names)
     assert np.isnan(history.read("weight_norms")[:2]).all()
+    assert caplog.text.count("earlier version, or has lost it; its 2 entries so far") == len(ADDED)
     (tmp_path / "norms").mkdir()
     complete = RoutingLog(tmp_path / "norms", LAYERS, NUM_EXPERTS)
     counts_NE, norms_NE = entry(1)
