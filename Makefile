@@ -17,9 +17,9 @@ PARALLEL = -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo 'make train   set up .venv and train $(CONFIG) in runs/$(RUN), or continue that run'
-	@echo 'make test    set up .venv, lint, and run the tests: 10 minutes on two cores, less the next time'
+	@echo 'make test    set up .venv, lint, and run the tests: 15 minutes on two cores, less the next time'
 	@echo 'make test-slow  run the tests that take minutes, and none of the others'
-	@echo 'make test-all  both: 12 minutes more'
+	@echo 'make test-all  both: 20 minutes more'
 	@echo 'make soak    try it out for an hour: kills, flipped bits, two writers, mistakes; prints what was wrong'
 	@echo 'make lint    check format, style and types, changing nothing'
 	@echo 'make bench   measure import, compilation and a training step'

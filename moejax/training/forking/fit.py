@@ -60,7 +60,15 @@ def fit_arrays(source: Mapping[str, Array], here: Mapping[str, Array], init: Ini
     """
     include = read_names("init.include", init.include) or ("*",)
     exclude = read_names("init.exclude", init.exclude)
-    renamed = {_rename(path, init): path for path in source}
+    renamed: dict[str, str] = {}
+    for path in source:
+        own = _rename(path, init)
+        if own in renamed:
+            raise ConfigError(
+                f"init.rename={init.rename} gives {renamed[own]} and {path} of the source one "
+                "place; give the other another place, too"
+            )
+        renamed[own] = path
     taken: dict[str, str] = {}
     initialised: list[str] = []
     absent: list[str] = []

@@ -67,6 +67,12 @@ def test_more_experts_are_copies_or_initialised():
             {"resize": "copy"},
             "copies make more experts alone",
         ),
+        (
+            model(stack=0) | model(stack=1),
+            model(stack=1),
+            {"rename": "stacks/0/=stacks/1/"},
+            "of the source one place; give the other another",
+        ),
         (model(8), model(4), {"resize": "copy"}, "copies make more experts alone"),
         (
             model(),
