@@ -82,6 +82,11 @@ def validate_init(init: InitConfig) -> None:
             f"init.{name}={given} takes a part of the weights, and init.state={init.state} needs "
             "all of them; use init.state=weights",
         )
+        require(
+            not given or init.upcycle == "none" or name == "upcycle",
+            f"init.{name}={given} does nothing with init.upcycle={init.upcycle}, which takes all "
+            "but experts and routers; leave it out",
+        )
 
 
 def validate_upcycling(init: InitConfig, moe: MoeConfig) -> None:

@@ -252,6 +252,7 @@ def test_a_source_that_does_not_fit_is_refused(trunk, init, sections, message):
         ({"rename": "a"}, "init.rename: 'a' must have the form SOURCE=HERE"),
         ({"rename": "a=b, a=c"}, "init.rename names a twice"),
         ({"state": "all", "exclude": "router"}, "init.exclude=router takes a part of the weights"),
+        ({"upcycle": "copy", "exclude": "router"}, "exclude=router does nothing with init.upcycle"),
         ({"source": "", "resize": "copy"}, "init.resize=copy .*init.source"),
     ],
 )
